@@ -1,0 +1,92 @@
+"""onnxruntime-genai's model builders, extended by linear layers.
+
+The base builders write everything that is not a linear mixer: embedding, norms, MLP, full attention, LM head,
+quantization, `genai_config.json`, tokenizer files. The mixin adds the states and hands linear layers to `mixer.py`.
+The builders' API moves between releases, so `build.py` checks the version before this module is imported.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir as ir
+from onnxruntime_genai.models.builders.llama import LlamaModel
+from onnxruntime_genai.models.builders.qwen import Qwen3Model, QwenModel
+
+from dtr_deploy.export.onnx.graph import Graph
+from dtr_deploy.export.onnx.mixer import Shared, make_mixer, make_shared
+
+# RMSNormalization and Attention came with opset 23.
+OPSET = 23
+
+
+class HybridBuilder:
+    """Mixin over a builder. `model` (in memory) and `window` are given; everything else is the base's.
+
+    In a hybrid the states of layer N are `past.N.recurrent` [batch, Hkv, D, D] and `past.N.conv`, float32; the latter
+    is the window's cache [batch, W, 2*Hkv*D], or an unused [batch, 1, 1] without a window.
+    """
+
+    def __init__(self, model: Any, window: int, *args: Any) -> None:
+        self.source = model
+        self.window = window
+        self._shared: Shared | None = None
+        super().__init__(*args)
+        self.graph.opset_imports[""] = OPSET
+        self.writer = Graph(self)
+
+    def make_inputs_init(self) -> None:
+        super().make_inputs_init()
+        self._set_state_io(self.input_shapes, self.input_types, "past")
+
+    def make_outputs_init(self) -> None:
+        super().make_outputs_init()
+        self._set_state_io(self.output_shapes, self.output_types, "present")
+
+    def _set_state_io(self, shapes: dict, types: dict, prefix: str) -> None:
+        kv_heads, dim = self.num_kv_heads, self.head_size
+        shapes[f"{prefix}.recurrent"] = ["batch_size", kv_heads, dim, dim]
+        shapes[f"{prefix}.conv"] = ["batch_size", *([self.window, 2 * kv_heads * dim] if self.window else [1, 1])]
+        for kind in ("recurrent", "conv"):
+            types[f"{prefix}.{kind}"] = ir.DataType.FLOAT
+
+    def make_node(self, op_type: str, inputs: Sequence[str], outputs: Sequence[str], **kwargs: Any) -> None:
+        """As the base's, with onnxruntime's old name of the RMS norm replaced by the standard operator's."""
+        standard = "RMSNormalization" if op_type == "SimplifiedLayerNormalization" else op_type
+        super().make_node(standard, inputs, outputs, **kwargs)
+
+    def load_weights(self, input_path: str) -> Any:
+        return self.source
+
+    def has_lm_head(self, module: Any) -> bool:
+        """The base goes by the number of outputs, and takes a q_proj as wide as the vocabulary for the head."""
+        return module is self.source.lm_head
+
+    def make_attention(self, layer_id: int, attention: Any, root_input: str, **kwargs: Any) -> None:
+        if self.layer_types[layer_id] != "linear_attention":
+            super().make_attention(layer_id, attention, root_input, **kwargs)
+            return
+        if self._shared is None:
+            layers = enumerate(self.source.model.layers)
+            forms = {i: layer.self_attn.form for i, layer in layers if self.layer_types[i] == "linear_attention"}
+            self._shared = make_shared(self.writer, forms, self.window)
+        make_mixer(self, self.writer, layer_id, attention, root_input, self._shared, self.window)
+
+
+class HybridLlama(HybridBuilder, LlamaModel):
+    """Llama: no biases, no QK-norm."""
+
+
+class HybridQwen2(HybridBuilder, QwenModel):
+    """Qwen2: biases on q, k and v."""
+
+
+class HybridQwen3(HybridBuilder, Qwen3Model):
+    """Qwen3: QK-norm."""
+
+
+# Base architecture (what genai knows) -> builder.
+BUILDERS: dict[str, type[HybridBuilder]] = {
+    "LlamaForCausalLM": HybridLlama,
+    "Qwen2ForCausalLM": HybridQwen2,
+    "Qwen3ForCausalLM": HybridQwen3,
+}

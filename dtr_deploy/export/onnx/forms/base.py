@@ -1,0 +1,119 @@
+"""What an ONNX emitter of a form does: from the mixer's projections to the operands of `com.microsoft.LinearAttention`.
+
+The emitter writes `Form.operands` as nodes; the rule, the read-out and the mix with the window are the same for all
+forms and written once, in `mixer.py`. Everything here is float32.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+
+from dtr_deploy.export.onnx.call import Call
+from dtr_deploy.export.onnx.graph import FLOAT, Graph
+
+# Query heads a kv head that the operator's fast CPU path takes (onnxruntime 1.31).
+FAST_GROUPS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """Heads of one mixer, and how query heads are padded so that each kv head has a number the fast kernel takes.
+
+    Padding repeats the group's first head; its output is dropped again. Groups above the largest fast size stay as
+    they are.
+    """
+
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def group(self) -> int:
+        return self.q_heads // self.kv_heads
+
+    @property
+    def padded_group(self) -> int:
+        return next((size for size in FAST_GROUPS if size >= self.group), self.group)
+
+    @property
+    def padded_heads(self) -> int:
+        return self.kv_heads * self.padded_group
+
+    @property
+    def is_padded(self) -> bool:
+        return self.padded_group != self.group
+
+    def padded_index(self) -> list[int]:
+        """The query head at each padded place."""
+        return [
+            kv * self.group + (place if place < self.group else 0)
+            for kv in range(self.kv_heads)
+            for place in range(self.padded_group)
+        ]
+
+    def kept_index(self) -> list[int]:
+        """The padded place of each query head."""
+        return [kv * self.padded_group + place for kv in range(self.kv_heads) for place in range(self.group)]
+
+
+class OperandNames(NamedTuple):
+    """Names of the operator's inputs: q [B,T,padded heads*D], k [B,T,Hkv*D], decay [B,T,Hkv] or [B,T,Hkv*D] (log), beta
+    [B,T,Hkv] or "". Masked: with right padding the state stays what it was at a row's last real token."""
+
+    q: str
+    k: str
+    decay: str
+    beta: str
+
+
+class FormEmitter:
+    """Base of all emitters. `form` is the trained module of `dtr_kernels.forms`, `at` the node-name prefix."""
+
+    name: ClassVar[str]
+
+    def __init__(self, graph: Graph, form: Any, heads: HeadLayout, at: str, masked_bias: str | None) -> None:
+        self.graph = graph
+        self.form = form
+        self.heads = heads
+        self.at = at
+        self.masked_bias = masked_bias
+
+    @classmethod
+    def shared_bias(cls, form: Any) -> torch.Tensor | None:
+        """A bias [n] that wants the padding mask added: `masked_bias` is then the sum, float32 [B,T,n], made for all
+        layers at once. Only for few channels, since it is kept for every token of a call."""
+        return None
+
+    def operands(self, queries_keys: str, hidden: str, call: Call) -> OperandNames:
+        """queries_keys: [B,T,(Hq+Hkv)*D], q heads then k heads after QK-norm and rotary embedding; hidden [B,T,hidden]."""
+        raise NotImplementedError
+
+    def split_heads(self, heads_4d: str) -> tuple[str, str]:
+        """[B,T,Hq+Hkv,D] -> q [B,T,padded heads*D], k [B,T,Hkv*D]."""
+        heads, lead = self.heads, ["batch_size", "sequence_length"]
+        if heads.is_padded:
+            places = heads.padded_index() + list(range(heads.q_heads, heads.q_heads + heads.kv_heads))
+            heads_4d = self.graph.node(
+                "Gather",
+                [heads_4d, self.graph.int64(places)],
+                f"{self.at}/pad_heads/Gather",
+                FLOAT,
+                [*lead, len(places), heads.head_dim],
+                axis=2,
+            )
+        sizes = [heads.padded_heads * heads.head_dim, heads.kv_heads * heads.head_dim]
+        flat = self.graph.reshape(heads_4d, [0, 0, sum(sizes)], f"{self.at}/flat/Reshape", FLOAT, [*lead, sum(sizes)])
+        q, k = self.graph.split(flat, sizes, f"{self.at}/flat/Split", FLOAT, lead)
+        return q, k
+
+    def by_head(self, queries_keys: str) -> str:
+        """[B,T,(Hq+Hkv)*D] -> [B,T,Hq+Hkv,D]."""
+        count, dim = self.heads.q_heads + self.heads.kv_heads, self.heads.head_dim
+        return self.graph.reshape(
+            queries_keys,
+            [0, 0, count, dim],
+            f"{self.at}/by_head/Reshape",
+            FLOAT,
+            ["batch_size", "sequence_length", count, dim],
+        )

@@ -1,0 +1,234 @@
+"""One linear layer's mixer as nodes: projections, QK-norm, rotary embedding, form, window branch, read-out, mix.
+
+    hidden -> qkv_proj -> [q | k], v -> QK-norm -> rotary -+-> form's operands -> LinearAttention -> RMS norm -+-> o_proj
+                                                           +-> window attention ------------------------------+
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from dtr_kernels.forms.base import NORM_EPS
+from torch import Tensor
+
+from dtr_deploy.export.onnx.call import LEAD, Blocks, Call, make_blocks, make_call, make_masked_biases
+from dtr_deploy.export.onnx.forms import EMITTERS
+from dtr_deploy.export.onnx.forms.base import HeadLayout
+from dtr_deploy.export.onnx.graph import FLOAT, Graph, parameter_name
+from dtr_deploy.export.onnx.window import make_window_attention
+
+# The share of the window is divided out of the linear branch (see `branch_gains`): it must not be 0.
+SMALLEST_SHARE = 1e-6
+
+
+class OutputProjection:
+    """o_proj with the window's share of each head folded into its columns, as the builders expect a linear module."""
+
+    def __init__(self, projection: Any, column_scale: Tensor) -> None:
+        self.weight = projection.weight.detach() * column_scale.to(projection.weight.dtype)
+        self.bias = projection.bias
+
+
+class MixerWithOutput:
+    """What `make_attention_output_proj` reads of an attention module."""
+
+    def __init__(self, o_proj: Any) -> None:
+        self.o_proj = o_proj
+
+
+def branch_gains(form: Any) -> tuple[Tensor, Tensor | None]:
+    """Per-head gains so that the mix needs one addition: f window + (1-f) norm(linear) gain = f (window + norm(linear) gain').
+
+    Returns gain' = gain (1-f)/f, [Hq,D], and f, [Hq], which goes into o_proj's columns: a quantization block lies
+    within one head, so quantization is not changed by it. Without a window: gain and None.
+    """
+    gain = form.out_gain.detach().float()
+    if not hasattr(form, "window_gate"):
+        return gain, None
+    gate = form.window_gate.detach().float()
+    share = torch.sigmoid(gate).clamp_min(SMALLEST_SHARE)
+    return gain * (torch.sigmoid(-gate) / share)[:, None], share
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all linear layers use: nodes that run once a call. biases: masked ones, by layer."""
+
+    call: Call
+    blocks: Blocks | None
+    biases: dict[int, str]
+
+
+def make_shared(graph: Graph, forms: Mapping[int, Any], window: int) -> Shared:
+    """forms: of the linear layers, by layer."""
+    call = make_call(graph)
+    wanted = {layer: EMITTERS[form.name].shared_bias(form) for layer, form in forms.items()}
+    biases = {layer: bias for layer, bias in wanted.items() if bias is not None}
+    names = make_masked_biases(graph, call, list(biases.values()), "gates") if biases else []
+    return Shared(
+        call, make_blocks(graph, call, window) if window else None, dict(zip(biases, names, strict=True))
+    )
+
+
+def make_mixer(
+    builder: Any, graph: Graph, layer: int, mixer: Any, root_input: str, shared: Shared, window: int
+) -> None:
+    """Write layer `layer`. mixer: q_proj, k_proj, v_proj, o_proj, form, q_norm and k_norm (None but in Qwen3).
+
+    root_input: the layer's input after its norm, [B,T,hidden] in the builder's I/O dtype. Leaves the result where the
+    builder's next norm looks for it.
+    """
+    at = f"/model/layers.{layer}/attn"
+    heads = HeadLayout(builder.num_attn_heads, builder.num_kv_heads, builder.head_size)
+    q_size, kv_size = heads.q_heads * heads.head_dim, heads.kv_heads * heads.head_dim
+    narrow = builder.io_dtype != FLOAT
+
+    def to_float(x: str, name: str, size: int) -> str:
+        return graph.cast(x, f"{at}/{name}/Cast", FLOAT, [*LEAD, size]) if narrow else x
+
+    queries_keys, v = _project(builder, graph, at, mixer, root_input, q_size, kv_size)
+    queries_keys = _qk_norm(builder, graph, at, mixer, queries_keys, heads)
+    cos, sin = builder.make_rotary_embedding_caches()
+    queries_keys = graph.nodes(
+        "RotaryEmbedding",
+        [queries_keys, shared.call.position_ids, cos, sin],
+        f"{at}/qk_rotary/RotaryEmbedding",
+        [(builder.io_dtype, [*LEAD, q_size + kv_size])],
+        domain="com.microsoft",
+        interleaved=builder.rope_attrs["interleaved"],
+    )[0]
+    queries_keys = to_float(queries_keys, "qk_rotary", q_size + kv_size)
+    v = to_float(v, "v", kv_size)
+    hidden = to_float(root_input, "hidden", builder.hidden_size)
+
+    past = {kind: builder.input_names[f"past.{kind}"][layer] for kind in ("recurrent", "conv")}
+    present = {kind: builder.output_names[f"present.{kind}"][layer] for kind in ("recurrent", "conv")}
+    form = mixer.form
+    emitter = EMITTERS[form.name](graph, form, heads, f"{at}/{form.name}", shared.biases.get(layer))
+    operands = emitter.operands(queries_keys, hidden, shared.call)
+    padded_size = heads.padded_heads * heads.head_dim
+    name = f"{at}/LinearAttention"
+    builder.make_node(
+        "LinearAttention",
+        inputs=[operands.q, operands.k, v, past["recurrent"], operands.decay, operands.beta],
+        outputs=[f"{name}/output_0", present["recurrent"]],
+        name=name,
+        domain="com.microsoft",
+        q_num_heads=heads.padded_heads,
+        kv_num_heads=heads.kv_heads,
+        update_rule=form.rule,
+        scale=form.scale,
+    )
+    builder.make_value(f"{name}/output_0", FLOAT, shape=[*LEAD, padded_size])
+    gain, share = branch_gains(form)
+    mixed = _read_out(graph, at, f"{name}/output_0", gain, heads)
+
+    o_proj = mixer.o_proj
+    if shared.blocks is None:
+        # Stock onnxruntime-genai wants a convolution state for every layer with a recurrent one.
+        builder.make_node("Identity", inputs=[past["conv"]], outputs=[present["conv"]], name=f"{at}/no_window/Identity")
+    else:
+        q, k = graph.split(queries_keys, [q_size, kv_size], f"{at}/window/Split", FLOAT, LEAD)
+        near = make_window_attention(
+            graph,
+            shared.blocks,
+            f"{at}/window",
+            q=q,
+            k=k,
+            v=v,
+            past=past["conv"],
+            present=present["conv"],
+            q_heads=heads.q_heads,
+            kv_heads=heads.kv_heads,
+            head_dim=heads.head_dim,
+            window=window,
+            scale=form.scale,
+        )
+        mixed = graph.node("Add", [near, mixed], f"{at}/mix/Add", FLOAT, [*LEAD, q_size])
+        assert share is not None
+        column_scale = share.repeat_interleave(heads.head_dim)
+        if narrow:
+            # In half precision the linear branch, with the share divided out, may not fit: multiply it in first.
+            stored = graph.initializer(column_scale, f"{parameter_name(at)}.mix.share")
+            mixed = graph.node("Mul", [mixed, stored], f"{at}/mix/Mul", FLOAT, [*LEAD, q_size])
+        else:
+            o_proj = OutputProjection(o_proj, column_scale)
+    if narrow:
+        mixed = graph.cast(mixed, f"{at}/mix/Cast", builder.io_dtype, [*LEAD, q_size])
+    builder.attention_attrs["o_path"] = mixed
+    builder.make_attention_output_proj(layer, MixerWithOutput(o_proj), root_input)
+
+
+def _project(
+    builder: Any, graph: Graph, at: str, mixer: Any, root_input: str, q_size: int, kv_size: int
+) -> tuple[str, str]:
+    """One packed product -> [q | k] and v, with the family's biases."""
+    name = builder.make_packed_matmul(mixer.q_proj, mixer.k_proj, mixer.v_proj, f"{at}/qkv_proj/MatMul", root_input)
+    packed = f"{name}/output_0"
+    biases = [projection.bias for projection in (mixer.q_proj, mixer.k_proj, mixer.v_proj)]
+    if any(bias is not None for bias in biases):
+        filled = [
+            torch.zeros(size) if bias is None else bias
+            for bias, size in zip(biases, (q_size, kv_size, kv_size), strict=True)
+        ]
+        builder.make_packed_add(*filled, f"{at}/qkv_proj/Add", packed)
+        packed = f"{at}/qkv_proj/Add/output_0"
+    queries_keys, v = graph.split(packed, [q_size + kv_size, kv_size], f"{at}/qkv_proj/Split", builder.io_dtype, LEAD)
+    return queries_keys, v
+
+
+def _qk_norm(builder: Any, graph: Graph, at: str, mixer: Any, queries_keys: str, heads: HeadLayout) -> str:
+    """Qwen3's RMS norm of each q and k head, both in one node with a scale per head; others pass."""
+    if mixer.q_norm is None:
+        return queries_keys
+    count, dim = heads.q_heads + heads.kv_heads, heads.head_dim
+    weight = torch.cat(
+        [mixer.q_norm.weight.detach().expand(heads.q_heads, dim), mixer.k_norm.weight.detach().expand(heads.kv_heads, dim)]
+    )
+    scale = graph.initializer(weight, f"{parameter_name(at)}.qk_norm.weight", builder.io_dtype)
+    by_head = graph.reshape(
+        queries_keys, [0, 0, count, dim], f"{at}/qk_norm/Reshape", builder.io_dtype, [*LEAD, count, dim]
+    )
+    normed = graph.node(
+        "RMSNormalization",
+        [by_head, scale],
+        f"{at}/qk_norm/RMSNormalization",
+        builder.io_dtype,
+        [*LEAD, count, dim],
+        axis=-1,
+        epsilon=builder.layernorm_attrs["epsilon"],
+    )
+    return graph.reshape(
+        normed, [0, 0, count * dim], f"{at}/qk_norm/Reshape_1", builder.io_dtype, [*LEAD, count * dim]
+    )
+
+
+def _read_out(graph: Graph, at: str, out: str, gain: Tensor, heads: HeadLayout) -> str:
+    """The operator's output [B,T,padded heads*D] -> RMS norm over D times gain [Hq,D] -> [B,T,Hq*D]."""
+    dim = heads.head_dim
+    by_head = graph.reshape(
+        out, [0, 0, heads.padded_heads, dim], f"{at}/read_out/Reshape", FLOAT, [*LEAD, heads.padded_heads, dim]
+    )
+    if heads.is_padded:
+        by_head = graph.node(
+            "Gather",
+            [by_head, graph.int64(heads.kept_index())],
+            f"{at}/read_out/Gather",
+            FLOAT,
+            [*LEAD, heads.q_heads, dim],
+            axis=2,
+        )
+    stored = graph.initializer(gain, f"{parameter_name(at)}.read_out.gain")
+    normed = graph.node(
+        "RMSNormalization",
+        [by_head, stored],
+        f"{at}/read_out/RMSNormalization",
+        FLOAT,
+        [*LEAD, heads.q_heads, dim],
+        axis=-1,
+        epsilon=NORM_EPS,
+    )
+    return graph.reshape(
+        normed, [0, 0, heads.q_heads * dim], f"{at}/read_out/Reshape_1", FLOAT, [*LEAD, heads.q_heads * dim]
+    )

@@ -1,0 +1,147 @@
+"""The linear mixer that takes the place of a layer's attention in the Hugging Face model.
+
+It owns what the teacher had (projections with their biases, QK-norm, rotary embedding), so that weights are inherited
+name by name, and a form that does the rest.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from dtr_kernels.forms import FormConfig, make_form
+from dtr_kernels.operator import linear_attention
+from dtr_kernels.window import window_attention
+
+# Indices of a linear layer's states in transformers' cache.
+RECURRENT, WINDOW = 0, 1
+
+
+def form_config(config: Any, window: int) -> FormConfig:
+    """Sizes of a mixer of a Llama, Qwen2 or Qwen3 configuration."""
+    return FormConfig(
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        window=window,
+    )
+
+
+class HybridMixer(nn.Module):
+    """Linear attention with a layer's inherited projections, and a softmax window mixed in if the form has one.
+
+    Args:
+        teacher: the attention module it replaces; its projections and norms are shared, not copied.
+        config: the model's configuration.
+        form: the form's name.
+        window: tokens of the softmax branch, 0 for none.
+        layer_idx: index in the cache.
+    """
+
+    def __init__(self, teacher: nn.Module, config: Any, form: str, window: int, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.sizes = form_config(config, window)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            getattr(teacher, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+        )
+        self.q_norm, self.k_norm = getattr(teacher, "q_norm", None), getattr(teacher, "k_norm", None)
+        self.form = make_form(form, self.sizes)
+        # Which implementation of the operator computes; "reference" is the token loop in float64. Parity sets it.
+        self.backend = "auto"
+
+    def project(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """hidden_states [B,T,hidden], position_embeddings = cos, sin [B or 1,T,D] -> q [B,T,Hq,D], k, v [B,T,Hkv,D],
+        normalised (Qwen3) and rotated as the teacher does."""
+        c = self.sizes
+        q = self.q_proj(hidden_states).unflatten(-1, (c.num_heads, c.head_dim))
+        k = self.k_proj(hidden_states).unflatten(-1, (c.num_kv_heads, c.head_dim))
+        v = self.v_proj(hidden_states).unflatten(-1, (c.num_kv_heads, c.head_dim))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+        return q, k, v
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """hidden_states [B,T,hidden]; attention_mask [B,T] (1 = token, 0 = padding) or None; -> ([B,T,hidden], None)."""
+        q, k, v = self.project(hidden_states, position_embeddings)
+        states = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        mask = None if attention_mask is None else attention_mask.bool()
+
+        op = self.form.operands(q, k, v, hidden_states)
+        if mask is not None:
+            op = _masked(op, mask)
+        if self.backend == "reference":
+            op = op._replace(**{name: x.double() for name, x in op._asdict().items() if x is not None})
+        started = states is not None and states.is_recurrent_states_initialized[RECURRENT]
+        out, recurrent = linear_attention(
+            op.q,
+            op.k,
+            op.v,
+            rule=self.form.rule,
+            log_decay=op.log_decay,
+            beta=op.beta,
+            scale=self.form.scale,
+            state=states.recurrent_states[RECURRENT] if started else None,
+            backend=self.backend,
+        )
+        out = self.form.readout(out, hidden_states)
+        window_out = window = None
+        if self.sizes.window:
+            window_out, window = window_attention(
+                q,
+                k,
+                v,
+                window=self.sizes.window,
+                past=states.recurrent_states[WINDOW] if started else None,
+                mask=mask,
+                return_past=states is not None,
+            )
+        if states is not None:
+            _store(states, recurrent, window)
+        out = self.form.mix(out, window_out).flatten(-2)
+        return self.o_proj(out.to(hidden_states.dtype)), None
+
+
+def _masked(op: Any, mask: Tensor) -> Any:
+    """Operands under which a padding token leaves the state as it was: no decay, no key, no write."""
+    m = mask[..., None].to(op.k.dtype)
+    decay = op.log_decay
+    if decay is not None:
+        decay = decay * (m if decay.ndim == 3 else m[..., None])
+    return op._replace(k=op.k * m[..., None], log_decay=decay, beta=None if op.beta is None else op.beta * m)
+
+
+def _store(states: Any, recurrent: Tensor, window: Tensor | None) -> None:
+    """Write both states into transformers' cache layer."""
+    states.device, states.dtype = recurrent.device, recurrent.dtype  # reorder_cache needs the device
+    states.update_recurrent_state(recurrent, RECURRENT)
+    states.has_previous_state[RECURRENT] = True
+    if window is not None:
+        states.update_recurrent_state(window, WINDOW)
+        states.has_previous_state[WINDOW] = True
+
+
+@torch.no_grad()
+def copy_projections(mixer: HybridMixer) -> None:
+    """Give the mixer its own copy of what it shares with its teacher, so that it can be trained."""
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"):
+        shared = getattr(mixer, name)
+        if shared is None:
+            continue
+        own = type(shared).__new__(type(shared))
+        own.__dict__.update(shared.__dict__)
+        own._parameters = {
+            key: None if p is None else nn.Parameter(p.detach().clone()) for key, p in shared._parameters.items()
+        }
+        setattr(mixer, name, own)

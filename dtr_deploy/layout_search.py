@@ -1,0 +1,127 @@
+"""Puts the search together for a recipe: scores from the twins and tasks, throughput from the target's engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dtr_deploy.engines.base import Workload
+from dtr_deploy.progress import CountingBar, Progress
+from dtr_deploy.recipe import Recipe
+from dtr_deploy.run_dir import stage_key, versions
+from dtr_deploy.search.ledger import Ledger
+from dtr_deploy.search.objective import Objective
+from dtr_deploy.search.problem import Limits
+from dtr_deploy.search.result import SearchResult
+from dtr_deploy.search.run import search_layout
+from dtr_deploy.search.scorer import ModelEvaluator, Scorer, models_hash
+from dtr_deploy.serving import engines_open_at_once, layout_opener
+from dtr_deploy.tasks.divergence import Divergence
+from dtr_deploy.tasks.needle import Needle
+from dtr_deploy.throughput.measure import CalibratedCost, ThroughputMeter, calibrate
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dtr_deploy.hybrid.backbone import Backbone
+
+RECALL_SCREEN = "recall screen"
+
+
+def choose_layout(
+    recipe: Recipe,
+    backbone: Backbone,
+    twins: Mapping[tuple[int, str], Mapping[str, Any]],
+    held_out: Tensor,
+    tasks: Sequence[Any],
+    ledger_file: Path,
+    progress: Progress,
+) -> SearchResult:
+    """Search as `recipe` says. held_out: [M,T] tokens for screening. Every trial is in `ledger_file`.
+
+    Raises `InfeasibleTarget` if no layout reaches the target.
+    """
+    settings, target = recipe.search, recipe.target
+    evaluator = ModelEvaluator(
+        backbone.model,
+        twins,
+        recipe.window,
+        tasks,
+        Divergence(held_out[: settings.screen.sequences]),
+        recall_screen(recipe, backbone),
+        models_hash(backbone.fingerprint, twins, recipe.window),
+    )
+    with Ledger(ledger_file) as ledger:
+        with CountingBar(progress, "throughput curve") as report:
+            cost = throughput_curve(recipe, backbone, sorted({layer for layer, _ in twins}), ledger, report)
+        _tell(cost, progress)
+        with CountingBar(progress, "search") as report:
+            return search_layout(
+                Scorer(evaluator, ledger),
+                cost,
+                Objective(
+                    speedup=target.speedup,
+                    max_score_loss=settings.max_score_loss,
+                    max_task_loss=settings.max_task_loss,
+                    max_replaced=settings.max_replaced,
+                    goal=settings.goal,
+                ),
+                ledger,
+                settings.strategy,
+                Limits(settings.max_trials, settings.minutes),
+                settings.confidence,
+                report,
+            )
+
+
+def recall_screen(recipe: Recipe, backbone: Backbone) -> list[Needle]:
+    """The short recall test that single swaps are ranked by, or nothing if the recipe turns it off."""
+    screen = recipe.search.screen
+    if not screen.recall_items:
+        return []
+    return [
+        Needle(
+            RECALL_SCREEN,
+            backbone.tokenizer,
+            lengths=(screen.recall_length,),
+            items=screen.recall_items,
+            seed=recipe.seed,
+        )
+    ]
+
+
+def throughput_curve(
+    recipe: Recipe, backbone: Backbone, layers: Sequence[int], ledger: Ledger, report: CountingBar
+) -> CalibratedCost:
+    """Measured throughput over how many of `layers` are replaced, on the target's engine for its workload."""
+    target = recipe.target
+    workload = Workload(**target.workload.model_dump())
+    opener = layout_opener(
+        backbone.model,
+        backbone.tokenizer,
+        recipe.window,
+        target.engine,
+        target.precision,
+        workload.prompt + workload.output,
+    )
+    meter = ThroughputMeter(
+        opener,
+        workload,
+        ledger,
+        inputs=stage_key(backbone.fingerprint, recipe.window, target.engine, target.precision, versions()),
+        repeats=recipe.search.repeats,
+        max_open=engines_open_at_once(target.engine),
+        progress=report,
+    )
+    # One layer always keeps full attention: engines count a sequence's tokens by it.
+    most = min(len(layers), backbone.layers - 1)
+    cost = calibrate(meter, backbone.layers, {str(form): most for form in recipe.forms})
+    meter.progress = None  # what is measured later belongs to the search's own bar
+    return cost
+
+
+def _tell(cost: CalibratedCost, progress: Progress) -> None:
+    error = f"largest relative error {cost.largest_relative_error:.1%} on layouts it was not fitted to"
+    does = "predicts throughput" if cost.trusted else "does not predict throughput well enough, layouts are measured"
+    progress.line(f"the throughput curve {does}: {error}")

@@ -1,0 +1,336 @@
+"""The whole way from a recipe to two served models. This is the only place that knows the order of the stages.
+
+Every stage is keyed by the hash of what it depends on and recorded in the run's manifest when it is finished, so a
+second build does only what changed, and a build that was killed goes on from the last finished stage (stages that
+take long keep their own partial results: distillation its step, the search its ledger).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dtr_deploy import __version__
+from dtr_deploy.progress import CountingBar, Progress, QuietProgress, seconds_text
+from dtr_deploy.recipe import RECIPE_COPY, Recipe
+from dtr_deploy.run_dir import RunDir, StageRecord, StageWork, stage_key, versions, write_atomically
+
+if TYPE_CHECKING:
+    from dtr_deploy.hybrid.backbone import Backbone
+    from dtr_deploy.report.schema import Report
+    from dtr_deploy.tasks.corpus import Corpus
+
+STAGES = ("distill", "search", "hybrid", "export", "parity", "throughput", "report")
+
+SEARCH_FILE = "search.json"
+
+
+def build(recipe: Recipe, run: RunDir, progress: Progress | None = None, until: str = "report") -> Report | None:
+    """Build `recipe` in `run`, up to and with stage `until`; returns the report if that was reached.
+
+    Raises:
+        UsageError: wrong input, a missing engine, a damaged artefact, a run that another process works on.
+        TargetNotMet: no layout reaches the target (`frontier` holds what is within reach).
+        ParityFailed: an exported model does not compute what was trained.
+    """
+    job = Build(recipe, run, progress or QuietProgress())
+    steps = {
+        "distill": job.distill,  # linear twins of the attention layers, from one teacher pass
+        "search": job.search,  # which layers to replace, by score and measured throughput
+        "hybrid": job.assemble,  # the checkpoint, which vLLM serves as it is
+        "export": job.export,  # the backbone beside it, and both for ONNX Runtime
+        "parity": job.prove,  # every program computes what was trained, or the build fails
+        "throughput": job.measure,  # base and hybrid, on the engines that serve them
+        "report": job.report,
+    }
+    with run.lock():
+        job.prepare()
+        for name, step in steps.items():
+            step()
+            if name == until:
+                break
+    return job.read_report() if until == "report" else None
+
+
+class Build:
+    """One build: what the stages share (recipe, folder, loaded backbone, corpus), and one method a stage."""
+
+    def __init__(self, recipe: Recipe, run: RunDir, progress: Progress) -> None:
+        self.recipe, self.run, self.progress = recipe, run, progress
+
+    # --- what stages share
+
+    def prepare(self) -> None:
+        """Refuse what cannot work before anything expensive starts."""
+        from dtr_deploy.plan import check_disk, check_engines
+
+        check_engines(self.recipe)
+        self.recipe.check_layers(self.backbone.layers)
+        check_disk(self.recipe, self.run, self.backbone.model.config)
+        write_atomically(
+            self.run.path / RECIPE_COPY, json.dumps(self.recipe.model_dump(mode="json"), indent=1).encode()
+        )
+        self.run.describe(self.recipe.name, self.recipe.digest)
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        from dtr_deploy.hybrid.backbone import load_backbone
+
+        recipe = self.recipe
+        self.progress.line(f"loading {recipe.model}")
+        return load_backbone(recipe.model_spec(), revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+
+    @property
+    def context(self) -> int:
+        """Longest prompt and output the model takes, tokens."""
+        return int(self.backbone.model.config.max_position_embeddings)
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        from dtr_deploy.tasks.corpus import load_corpus
+
+        settings = self.recipe.distill
+        return load_corpus(
+            self.recipe.corpus_sources(),
+            self.backbone.tokenizer,
+            tokens=settings.tokens,
+            sequence_length=settings.sequence_length,
+            held_out=settings.held_out,
+            seed=self.recipe.seed,
+        )
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that may be replaced."""
+        return self.recipe.distill.layers.indices(self.backbone.layers)
+
+    def _stage(self, name: str, key: str, work: StageWork, folder: str | None = None) -> StageRecord:
+        """`RunDir.stage`, telling what was done before and how long the rest took."""
+        record = self.run.finished(name, key)
+        if record is None:
+            record = self.run.stage(name, key, work, folder=folder)
+            self.progress.line(f"{name}: {seconds_text(record.seconds)}")
+        else:
+            self.progress.line(f"{name}: finished before ({seconds_text(record.seconds)})")
+        return record
+
+    # --- stage 1: twins
+
+    @cached_property
+    def distill_key(self) -> str:
+        settings = self.recipe.distill.model_dump(mode="json", exclude={"layers"})
+        texts = [
+            hashlib.sha256(part.numpy().tobytes()).hexdigest() for part in (self.corpus.train, self.corpus.held_out)
+        ]
+        return stage_key(
+            "distill",
+            __version__,
+            self.backbone.fingerprint,
+            texts,
+            self.recipe.forms,
+            self.layers,
+            self.recipe.window,
+            settings,
+            self.recipe.seed,
+        )
+
+    def distill(self) -> StageRecord:
+        """Train a twin of every chosen (layer, form); `distilled/layerNN_FORM.safetensors`."""
+
+        def work(folder: Path) -> tuple[list[Path], dict[str, Any]]:
+            from dtr_deploy.distill.stage import DistillSettings, distill
+
+            recipe = self.recipe
+            settings = DistillSettings(
+                tokens=recipe.distill.tokens,
+                batch_size=recipe.distill.batch_size,
+                learning_rate=recipe.distill.learning_rate,
+                form_learning_rate=recipe.distill.form_learning_rate,
+                seed=recipe.seed,
+            )
+            with CountingBar(self.progress, "distill") as report:
+                result = distill(
+                    self.backbone.model,
+                    self.corpus.train,
+                    self.corpus.held_out,
+                    recipe.forms,
+                    self.layers,
+                    recipe.window,
+                    settings,
+                    folder,
+                    report,
+                )
+            reports = [twin.to_dict() for twin in result.reports]
+            return sorted(result.files.values()), {"tokens": result.tokens, "reports": reports}
+
+        return self._stage("distill", self.distill_key, work, folder="distilled")
+
+    @cached_property
+    def twins(self) -> dict[tuple[int, str], dict[str, Any]]:
+        """Weights of every twin, by (layer, form)."""
+        from dtr_deploy.distill.stage import load_twins, twin_file
+
+        folder = self.run.path / "distilled"
+        return load_twins(
+            {(layer, form): twin_file(folder, layer, form) for layer in self.layers for form in self.recipe.forms}
+        )
+
+    # --- stage 2: the layout
+
+    def search(self) -> StageRecord:
+        """Choose the layout; every trial is in `ledger.sqlite`, the result with its evidence in `search.json`."""
+        recipe = self.recipe
+        tasks = self._tasks()
+        settings = [recipe.target.model_dump(mode="json"), recipe.search.model_dump(mode="json")]
+        fingerprints = [
+            (task.name, task.weight, task.fingerprint("search"), task.fingerprint("confirm")) for task in tasks
+        ]
+        key = stage_key("search", self.run.stages["distill"].key, fingerprints, settings, versions())
+
+        def work(folder: Path) -> tuple[list[Path], dict[str, Any]]:
+            from dtr_deploy.layout_search import choose_layout
+
+            ledger, held_out = folder / "ledger.sqlite", self.corpus.held_out
+            result = choose_layout(recipe, self.backbone, self.twins, held_out, tasks, ledger, self.progress)
+            write_atomically(folder / SEARCH_FILE, json.dumps(result.to_dict(), indent=1).encode())
+            return [folder / SEARCH_FILE], {"layout": list(result.layout), "speedup": result.speedup}
+
+        return self._stage("search", key, work)
+
+    def _tasks(self) -> list[Any]:
+        from dtr_deploy.tasks.build import build_tasks
+
+        recipe = self.recipe
+        return build_tasks(recipe.task_recipes(), self.backbone.tokenizer, recipe.seed, max_length=self.context)
+
+    @property
+    def layout(self) -> tuple[str | None, ...]:
+        return tuple(self.run.stages["search"].result["layout"])
+
+    # --- what is shipped
+
+    def assemble(self) -> StageRecord:
+        """The checkpoint of the hybrid, in `hybrid/`."""
+        key = stage_key("hybrid", self.run.stages["distill"].key, self.layout)
+
+        def work(folder: Path) -> tuple[list[Path], dict[str, Any]]:
+            from dtr_deploy.export.huggingface import export_checkpoint
+
+            return export_checkpoint(self.backbone, self.layout, self.recipe.window, self.twins, folder), {}
+
+        return self._stage("hybrid", key, work, folder="hybrid")
+
+    def export(self) -> None:
+        """The backbone as a folder in `base/`, and both models for ONNX Runtime in `onnx/` and `base/onnx/`."""
+        from dtr_deploy.parity.rungs import base_precisions, served_precisions
+        from dtr_deploy.serving import base_of, hybrid_of
+
+        base, hybrid = base_of(self.run.path), hybrid_of(self.run.path)
+        base_key = stage_key("base", self.backbone.fingerprint)
+
+        def save_base(folder: Path) -> tuple[list[Path], dict[str, Any]]:
+            self.backbone.save(folder)
+            return [folder], {}
+
+        self._stage("base", base_key, save_base, folder=self._relative(base.checkpoint))
+        exports = [
+            *(
+                ("onnx", hybrid, self.run.stages["hybrid"].key, p)
+                for e, p in served_precisions(self.recipe)
+                if e == "ort"
+            ),
+            *(("base onnx", base, base_key, p) for e, p in base_precisions(self.recipe) if e == "ort"),
+        ]
+        for name, model, source_key, precision in exports:
+            self._export_onnx(f"{name} {precision}", model, source_key, precision)
+
+    def _export_onnx(self, name: str, model: Any, source_key: str, precision: str) -> None:
+        found = versions()
+        engine = [found.get(package) for package in ("onnxruntime-genai", "onnxruntime-genai-cuda", "onnx")]
+        key = stage_key(name, __version__, source_key, precision, engine)
+
+        def work(folder: Path) -> tuple[list[Path], dict[str, Any]]:
+            from dtr_deploy.export.onnx import export_onnx
+
+            with self.progress.bar(name):
+                export_onnx(model.checkpoint, folder, precision)
+            return [folder], {}
+
+        self._stage(name, key, work, folder=self._relative(model.onnx_folder(precision)))
+
+    def _relative(self, path: Path) -> str:
+        return path.relative_to(self.run.path).as_posix()
+
+    # --- the proof and the figures
+
+    def _shipped_keys(self) -> list[str]:
+        return [self.run.stages[name].key for name in sorted(self.run.stages) if name == "hybrid" or "onnx" in name]
+
+    def prove(self) -> StageRecord:
+        """The parity gate; prompts in `parity/prompts.json`, rows in `parity/parity.json` (also when it fails)."""
+        from dtr_deploy.parity.prompts import parity_prompts
+        from dtr_deploy.parity.prove import PROMPTS, prove
+
+        recipe, wanted = self.recipe, self.recipe.parity
+        prompts = parity_prompts(
+            self.corpus.held_out.flatten().tolist(),
+            wanted.prompts,
+            min(wanted.max_length, self.context - 1),
+            wanted.tokens,
+            recipe.window,
+            recipe.seed,
+        )
+        key = stage_key("parity", __version__, self._shipped_keys(), prompts, recipe.export.model_dump(), versions())
+
+        def work(folder: Path) -> tuple[list[Path], dict[str, Any]]:
+            write_atomically(self.run.path / PROMPTS, json.dumps(prompts).encode())
+            rows = prove(recipe, self.run.path, prompts, self.progress)
+            return [self.run.path / PROMPTS], {"rows": [row.to_dict() for row in rows]}
+
+        return self._stage("parity", key, work, folder="parity")
+
+    def measure(self) -> None:
+        """Throughput of base and hybrid on every engine that serves them."""
+        from dtr_deploy.benchmark import benchmark
+        from dtr_deploy.parity.rungs import benchmarked
+
+        wanted = [self.recipe.bench.model_dump(), self.recipe.target.workload.model_dump()]
+        for engine, precision in benchmarked(self.recipe):
+            key = stage_key("throughput", __version__, self._shipped_keys(), engine, precision, wanted, versions())
+
+            def work(_: Path, engine: str = engine, precision: str = precision) -> tuple[list[Path], dict[str, Any]]:
+                rows = benchmark(self.recipe, self.run.path, engine, precision, self.context, self.progress)
+                return [], {"rows": [row.model_dump(mode="json") for row in rows]}
+
+            self._stage(f"throughput {engine}", key, work)
+
+    # --- what a person reads
+
+    def report(self) -> StageRecord:
+        """`report.json`, and the model card in `hybrid/README.md` with the same figures."""
+        key = stage_key(
+            "report",
+            __version__,
+            self.recipe.digest,
+            {name: s.key for name, s in self.run.stages.items() if name != "report"},
+        )
+
+        def work(folder: Path) -> tuple[list[Path], dict[str, Any]]:
+            from dtr_deploy.export.huggingface import write_model_card
+            from dtr_deploy.report.collect import collect_report
+            from dtr_deploy.report.schema import REPORT
+
+            report = collect_report(self.recipe, self.run, self.backbone)
+            write_atomically(folder / REPORT, report.to_json())
+            card = write_model_card(report, folder / "hybrid")
+            return [folder / REPORT, card], {}
+
+        return self._stage("report", key, work)
+
+    def read_report(self) -> Report:
+        from dtr_deploy.report.schema import REPORT, read_report
+
+        return read_report(self.run.path / REPORT)

@@ -1,0 +1,220 @@
+"""What a build will cost, without running it: tokens, evaluations, measurements, time and disk.
+
+Counts follow from the recipe and the model's configuration. Times are a rough estimate from them and from how fast this
+machine multiplies matrices; they are for deciding whether to start, not for promises.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dtr_deploy.engines import require
+from dtr_deploy.errors import UsageError
+from dtr_deploy.parity.rungs import base_precisions, benchmarked, served_precisions
+from dtr_deploy.recipe import Recipe
+from dtr_deploy.run_dir import RunDir
+
+BYTES_PER_WEIGHT = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.1, "int4": 0.65}
+"""Of the large projections: blocks of 32 share a scale and a zero point. Embeddings stay at 4 bytes."""
+
+TRAINING_PASSES = 3.0
+"""Forward and backward of a projection, in forwards."""
+
+ENGINE_START_SECONDS = {"vllm": 60.0, "ort": 15.0}
+EFFICIENCY = 0.5
+"""Share of the matrix multiplication speed that whole models reach."""
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Counts of parameters: all, one layer's attention projections, embeddings (tied ones once)."""
+
+    layers: int
+    parameters: int
+    attention: int
+    embedding: int
+    hidden: int
+    family: str
+
+    @classmethod
+    def of(cls, config: Any) -> ModelSizes:
+        """From a configuration alone."""
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or hidden // heads
+        attention = 2 * hidden * head_dim * (heads + config.num_key_value_heads)
+        embedding = config.vocab_size * hidden
+        layer = attention + 3 * hidden * config.intermediate_size + 2 * hidden
+        tied = 1 if config.tie_word_embeddings else 2
+        return cls(
+            layers=config.num_hidden_layers,
+            parameters=config.num_hidden_layers * layer + tied * embedding + hidden,
+            attention=attention,
+            embedding=embedding,
+            hidden=hidden,
+            family=config.model_type,
+        )
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One line of the plan. work: what the stage does, in counts."""
+
+    stage: str
+    work: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    stages: list[StagePlan]
+    disk_bytes: int
+    twins: int
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+
+def model_config(recipe: Recipe) -> Any:
+    """The model's configuration, without its weights. Raises `UsageError` as loading the model would."""
+    from dtr_deploy.hybrid.backbone import load_config
+
+    return load_config(recipe.model_spec(), revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+
+
+def check_engines(recipe: Recipe) -> None:
+    """Raise `UsageError` if the recipe needs an engine that cannot be used here."""
+    require(recipe.target.engine, f"{recipe.source}: target.engine")
+    if recipe.export.vllm is not None:
+        require("vllm", f"{recipe.source}: export.vllm")
+    if recipe.export.onnx is not None:
+        require("ort", f"{recipe.source}: export.onnx")
+        require("genai", f"{recipe.source}: export.onnx")
+
+
+def check_disk(recipe: Recipe, run: RunDir, config: Any) -> None:
+    """Raise `UsageError` if the rest of the build does not fit on the disk."""
+    needed = disk_bytes(recipe, ModelSizes.of(config)) - _bytes_in(run.path)
+    free = shutil.disk_usage(run.path).free
+    if needed > free:
+        raise UsageError(
+            f"{run.path}: disk too full, the build needs about {gigabytes(needed)} more and {gigabytes(free)} are free"
+        )
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def disk_bytes(recipe: Recipe, sizes: ModelSizes) -> int:
+    """What a finished run holds: twins, both checkpoints, every export, and one export in the making."""
+    twins = len(recipe.distill.layers.indices(sizes.layers)) * len(recipe.forms)
+    checkpoint = 4.0 * sizes.parameters
+    exports = [p for e, p in [*served_precisions(recipe), *base_precisions(recipe)] if e == "ort"]
+    onnx = [4.0 * sizes.embedding + BYTES_PER_WEIGHT[precision] * sizes.parameters for precision in exports]
+    # A stopped distillation keeps the optimiser's two moments beside every weight.
+    distilled = 3 * 4.0 * twins * sizes.attention
+    return int(distilled + 2 * checkpoint + sum(onnx) + max(onnx, default=0.0))
+
+
+def make_plan(recipe: Recipe, config: Any, multiply_flops: float, items: int | None = None) -> Plan:
+    """The plan of a recipe for a model.
+
+    config: the model's configuration. multiply_flops: floating point operations per second of a large matrix product
+    here. items: examples in the search split of all tasks, where known.
+    """
+    sizes = ModelSizes.of(config)
+    flops = multiply_flops * EFFICIENCY
+    layers = len(recipe.distill.layers.indices(sizes.layers))
+    twins = layers * len(recipe.forms)
+    per_token = 2.0 * (sizes.parameters - sizes.embedding)
+
+    distill_flops = recipe.distill.tokens * (per_token + TRAINING_PASSES * 2.0 * sizes.attention * twins)
+    screen_tokens = recipe.search.screen.sequences * recipe.distill.sequence_length
+    screen_tokens += recipe.search.screen.recall_items * recipe.search.screen.recall_length
+    task_tokens = _task_tokens(recipe, items)
+    # A swap of layer i reuses what lies before it: half of the layers on average.
+    screens, scores = _evaluations(recipe, twins, layers)
+    search_flops = 0.5 * per_token * (screens * screen_tokens + scores * task_tokens)
+
+    target = recipe.target
+    workload = target.workload.concurrency * (target.workload.prompt + target.workload.output)
+    layouts = 2 + 2 * len(recipe.forms)
+    runs = layouts * 2 * recipe.search.repeats
+    start = ENGINE_START_SECONDS[target.engine]
+    measure_seconds = runs * workload * per_token / flops + layouts * 2 * start
+    served = served_precisions(recipe)
+    passes = 2 + len(served) + sum(1 for pair in base_precisions(recipe) if pair in served)
+    parity_seconds = passes * recipe.parity.tokens * per_token / flops
+    parity_seconds += sum(ENGINE_START_SECONDS[engine] for engine, _ in served)
+    bench_tokens = sum(recipe.bench.prompts) + recipe.bench.output * len(recipe.bench.prompts) + workload
+    tables = benchmarked(recipe)
+    bench_seconds = len(tables) * 2 * recipe.bench.repeats * bench_tokens * per_token / flops
+    bench_seconds += sum(2 * ENGINE_START_SECONDS[engine] for engine, _ in tables)
+    exports = [pair for pair in [*served, *base_precisions(recipe)] if pair[0] == "ort"]
+
+    work = {
+        "distill": f"{recipe.distill.tokens:,} tokens, {twins} twins ({layers} layers)",
+        "throughput curve": f"{layouts} layouts, {runs} runs of {workload:,} tokens on {target.engine}",
+        "search": f"about {screens:,} screenings, {scores:,} scorings ({recipe.search.strategy})",
+        "export": f"2 checkpoints, {len(exports)} ONNX exports",
+        "parity": f"{recipe.parity.prompts} prompts, {recipe.parity.tokens:,} tokens, {passes} passes",
+        "throughput": f"{len(recipe.bench.prompts) + 1} workloads on {len(tables)} engines",
+    }
+    export_seconds = ENGINE_START_SECONDS["ort"] * len(exports)
+    seconds = [
+        distill_flops / flops,
+        measure_seconds,
+        search_flops / flops,
+        export_seconds,
+        parity_seconds,
+        bench_seconds,
+    ]
+    stages = [StagePlan(stage, text, time) for (stage, text), time in zip(work.items(), seconds, strict=True)]
+    return Plan(stages, disk_bytes(recipe, sizes), twins)
+
+
+def _task_tokens(recipe: Recipe, items: int | None) -> int:
+    """Prompt tokens of one scoring on the search split: 200 short items where the recipe does not say."""
+    tokens = 0
+    for task in recipe.tasks:
+        if task.synthetic is not None:
+            tokens += sum(task.lengths or (1024, 2048)) * (task.items or 16)
+        else:
+            tokens += (task.items or items or 200) * 60
+    return tokens
+
+
+def _evaluations(recipe: Recipe, twins: int, layers: int) -> tuple[int, int]:
+    """(screenings, scorings) of a strategy, at most."""
+    if recipe.search.strategy == "exhaustive":
+        # Every step scores every candidate that is left.
+        scores = twins * (layers + 1) // 2
+        screens = 0
+    else:
+        screens, scores = twins, 2 * layers
+    limit = recipe.search.max_trials
+    return (screens, scores) if limit is None else (min(screens, limit), min(scores, limit))
+
+
+def matrix_flops() -> float:
+    """Floating point operations per second of a float32 matrix product on this machine's processor, in about 0.3 s."""
+    import time
+
+    import torch
+
+    size = 1024
+    a, b = torch.rand(size, size), torch.rand(size, size)
+    a @ b
+    count, began = 0, time.perf_counter()
+    while time.perf_counter() - began < 0.3:
+        a @ b
+        count += 1
+    return count * 2.0 * size**3 / (time.perf_counter() - began)
+
+
+def gigabytes(count: float) -> str:
+    return f"{count / 1e9:.1f} GB"

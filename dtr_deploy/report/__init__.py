@@ -1,0 +1,1 @@
+"""What a person reads after a build: `report.json` (schema), and the same as tables in a terminal."""

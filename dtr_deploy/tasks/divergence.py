@@ -1,0 +1,130 @@
+"""Divergence from the teacher on held-out text: KL(teacher || model) a token, and perplexity.
+
+The teacher's log-probabilities over a whole vocabulary are large (100 KB a token at 49,152 words in float16), so the
+teacher is kept as its final hidden states and its output embedding; its logits are made again, a few rows at a time.
+That adds one product with the output embedding a token and no forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dtr_deploy.tasks.base import ForwardHidden
+from dtr_deploy.tasks.scoring import BATCH_TOKENS, ScoringBatch, fingerprint, hidden_states
+
+_LOGIT_ROWS = 128  # two models' logits and log-probabilities at once: 100 MB at a vocabulary of 49,152 in float32
+
+
+@dataclass(frozen=True)
+class DivergenceScore:
+    """Of each sequence, float64 [N], over its T - 1 predicted tokens: `kl` mean KL(teacher || model) in nats a token,
+    `nll` mean negative log-likelihood of the text in nats a token."""
+
+    kl: np.ndarray
+    nll: np.ndarray
+
+    @property
+    def mean_kl(self) -> float:
+        """Mean KL over all tokens, nats a token."""
+        return float(self.kl.mean())
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-likelihood over all tokens."""
+        return float(np.exp(self.nll.mean()))
+
+
+class Divergence:
+    """Held-out text to compare models on. token_ids: integer [N, T], T >= 2, packed (no padding).
+
+    Call `reference(backbone)` once; then `score(model)`, or `batches` and `read` with hidden states of one's own. The
+    backbone's output embedding is held by reference: it must not change afterwards.
+    """
+
+    def __init__(self, token_ids: Tensor, batch_tokens: int = BATCH_TOKENS) -> None:
+        if token_ids.ndim != 2 or token_ids.shape[0] < 1 or token_ids.shape[1] < 2:
+            raise ValueError(f"token_ids must be [N, T] with N >= 1 and T >= 2, got {tuple(token_ids.shape)}")
+        self.token_ids = token_ids.to(torch.int64).cpu()
+        rows = max(1, batch_tokens // token_ids.shape[1])
+        self._batches = [_all_reads(part, i * rows) for i, part in enumerate(self.token_ids.split(rows))]
+        self._teacher: list[Tensor] | None = None
+        self._teacher_head: Callable[[Tensor], Tensor] | None = None
+
+    def batches(self) -> list[ScoringBatch]:
+        """The inputs [B, T - 1], each position read; row r of the batches in order is sequence r."""
+        return self._batches
+
+    def reference(self, backbone: Any, forward_hidden: ForwardHidden | None = None) -> DivergenceScore:
+        """Take `backbone` as the teacher; returns its own score (`kl` 0)."""
+        hidden = hidden_states(backbone, self._batches, forward_hidden)
+        self.reference_hidden([state.cpu() for state in hidden], backbone.get_output_embeddings())
+        assert self._teacher is not None and self._teacher_head is not None
+        return self.read(self._teacher, self._teacher_head)
+
+    def reference_hidden(self, hidden_per_batch: Iterable[Tensor], lm_head: Callable[[Tensor], Tensor]) -> None:
+        """As `reference`, from the teacher's final hidden states [B, T - 1, H] of each batch."""
+        self._teacher = list(hidden_per_batch)
+        self._teacher_head = lm_head
+
+    def read(self, hidden_per_batch: Iterable[Tensor], lm_head: Callable[[Tensor], Tensor]) -> DivergenceScore:
+        """Score from final hidden states [B, T - 1, H] of each batch. Raises RuntimeError without a reference."""
+        if self._teacher is None or self._teacher_head is None:
+            raise RuntimeError("Divergence.reference(backbone) must come first")
+        parts = [
+            _compare(batch, hidden, lm_head, teacher, self._teacher_head)
+            for batch, hidden, teacher in zip(self._batches, hidden_per_batch, self._teacher, strict=True)
+        ]
+        return DivergenceScore(np.concatenate([kl for kl, _ in parts]), np.concatenate([nll for _, nll in parts]))
+
+    def score(self, model: Any, forward_hidden: ForwardHidden | None = None) -> DivergenceScore:
+        """KL and negative log-likelihood of a Hugging Face causal language model."""
+        return self.read(hidden_states(model, self._batches, forward_hidden), model.get_output_embeddings())
+
+    def kl(self, model: Any) -> np.ndarray:
+        """Mean KL(teacher || model) of each sequence, float64 [N], nats a token."""
+        return self.score(model).kl
+
+    def perplexity(self, model: Any) -> float:
+        """Perplexity of `model` on the text."""
+        return self.score(model).perplexity
+
+    def fingerprint(self) -> str:
+        """sha256 of the text (not of the teacher)."""
+        return fingerprint(self._batches, "divergence")
+
+
+def _all_reads(token_ids: Tensor, first: int) -> ScoringBatch:
+    inputs, targets = token_ids[:, :-1], token_ids[:, 1:]
+    count, width = inputs.shape
+    rows = torch.arange(count).repeat_interleave(width)
+    positions = torch.arange(width).repeat(count)
+    mask = torch.ones_like(inputs)
+    return ScoringBatch(inputs.contiguous(), mask, 0, rows, positions, targets.reshape(-1), rows + first)
+
+
+@torch.no_grad()
+def _compare(
+    batch: ScoringBatch,
+    hidden: Tensor,
+    lm_head: Callable[[Tensor], Tensor],
+    teacher: Tensor,
+    teacher_head: Callable[[Tensor], Tensor],
+) -> tuple[np.ndarray, np.ndarray]:
+    """KL and negative log-likelihood of each row, mean over its tokens, float64 [B]."""
+    rows, width = batch.input_ids.shape
+    student_states, teacher_states = hidden.reshape(rows * width, -1), teacher.reshape(rows * width, -1)
+    kl = torch.empty(rows * width, dtype=torch.float64)
+    nll = torch.empty(rows * width, dtype=torch.float64)
+    for start in range(0, rows * width, _LOGIT_ROWS):
+        part = slice(start, start + _LOGIT_ROWS)
+        log_q = lm_head(student_states[part]).float().log_softmax(-1)
+        log_p = teacher_head(teacher_states[part].to(hidden.device)).float().log_softmax(-1)
+        kl[part] = (log_p.exp() * (log_p - log_q)).sum(-1)
+        nll[part] = -log_q.gather(-1, batch.targets[part, None].to(log_q.device))[:, 0]
+    return kl.view(rows, width).mean(1).numpy(), nll.view(rows, width).mean(1).numpy()

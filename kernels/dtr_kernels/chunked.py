@@ -1,0 +1,136 @@
+"""Chunkwise form of the operator in torch: prefill and training.
+
+All chunks are prepared at once; only the state is carried from chunk to chunk. Query heads of one kv head share the
+key products, the triangular solve and the state. Memory is linear in T: the largest tensors are [chunks, C, C].
+
+Within a chunk of C tokens, with c_i the cumulated log-decay and S the state before the chunk (Yang et al., Gated Delta
+Networks, arXiv 2412.06464, section 3; Yang et al., GLA, arXiv 2312.06635, section 4):
+
+    A_ij = beta_i (k_i exp(c_i - c_j) k_j)  for j < i            (delta rules; 0 otherwise)
+    U    = (I + A)^-1 (beta V  -  beta exp(c) K S)               (linear, gated: U = V)
+    out  = q exp(c) S  +  [q_i exp(c_i - c_j) k_j, j <= i] U
+    S'   = exp(c_C) S  +  (exp(c_C - c) K)^T U
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 64
+SUBCHUNK = 16
+
+
+def linear_attention_chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    rule: str,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+    state: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The operator over T tokens; shapes as `operator.linear_attention`, differentiable in every operand.
+
+    Computes in the dtype of `state` (float32 in use, float64 in tests). Returns out [B,T,Hq,Dv] and the final state.
+    """
+    dtype = state.dtype
+    batch, length, query_heads, key_dim = q.shape
+    kv_heads, value_dim = k.shape[2], v.shape[-1]
+    group = query_heads // kv_heads
+    if length == 0:
+        return q.new_zeros(batch, 0, query_heads, value_dim, dtype=dtype), state
+    chunk = min(CHUNK, max(SUBCHUNK, 1 << (length - 1).bit_length()))
+    chunks = -(-length // chunk)
+    pad = chunks * chunk - length
+
+    def split(x: Tensor) -> Tensor:
+        """[B,T,H,...] -> [B,H,N,C,...]. Zero padding is inert: no decay, no key, no write."""
+        if pad:
+            x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, pad))
+        return x.to(dtype).unflatten(1, (chunks, chunk)).movedim(3, 1)
+
+    keys, values = split(k), split(v)
+    # [B,Hkv,N,group,C,Dk]: the query heads of a kv head ride as one more batch dimension.
+    queries = split(q).unflatten(1, (kv_heads, group)).movedim(2, 3)
+    decay_in = decay_out = decay_all = None
+    if rule in ("gated", "gated_delta"):
+        g = split(log_decay)
+        per_key = g.ndim == 5
+        cumulated = g.cumsum(3)
+        total = cumulated[:, :, :, -1:]
+        decay_in, decay_out, decay_all = cumulated.exp(), (total - cumulated).exp(), total.squeeze(3).exp()
+        if not per_key:
+            decay_in, decay_out, decay_all = decay_in[..., None], decay_out[..., None], decay_all[..., None]
+    else:
+        cumulated, per_key = None, False
+
+    products = _decayed_products(torch.cat([queries, keys.unsqueeze(3)], 3), keys, cumulated, per_key)
+    attention = products[:, :, :, :group]
+    written, correction = values, None
+    if rule in ("delta", "gated_delta"):
+        strength = split(beta)[..., None]
+        system = (products[:, :, :, group] * strength).tril(-1)
+        system = system + torch.eye(chunk, dtype=dtype, device=q.device)
+        keys_in = keys if decay_in is None else keys * decay_in
+        right = torch.cat([values * strength, keys_in * strength], -1)
+        solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+        written, correction = solved.split([value_dim, key_dim], -1)
+
+    keys_out = keys if decay_out is None else keys * decay_out
+    states = []
+    for n in range(chunks):
+        states.append(state)
+        u = written[:, :, n] if correction is None else written[:, :, n] - correction[:, :, n] @ state
+        update = keys_out[:, :, n].transpose(-1, -2) @ u
+        if decay_all is None:
+            state = state + update
+        else:
+            # decay_all [B,Hkv,N,Dk or 1]: broadcast over the value dimension
+            state = state * decay_all[:, :, n].unsqueeze(-1) + update
+    before = torch.stack(states, 2)
+    if correction is not None:
+        written = written - correction @ before
+    queries_in = queries if decay_in is None else queries * decay_in.unsqueeze(3)
+    out = queries_in.flatten(3, 4) @ before + attention.flatten(3, 4) @ written
+    out = out.unflatten(3, (group, chunk)).movedim(3, 2)  # [B,Hkv,group,N,C,Dv]
+    out = (scale * out).flatten(1, 2).flatten(2, 3)[:, :, :length].transpose(1, 2)
+    return out, state
+
+
+def _decayed_products(rows: Tensor, keys: Tensor, cumulated: Tensor | None, per_key: bool) -> Tensor:
+    """rows_i exp(c_i - c_j) k_j for j <= i, zero above the diagonal.
+
+    rows [B,H,N,R,C,D], keys [B,H,N,C,D], cumulated [B,H,N,C] or [B,H,N,C,D]. Returns [B,H,N,R,C,C].
+    Exponents are never positive, so decays down to exp(-20) a token neither overflow nor lose the near past.
+    """
+    chunk = keys.shape[3]
+    mask = torch.ones(chunk, chunk, dtype=torch.bool, device=keys.device).tril()
+    if cumulated is None:
+        return (rows @ keys.unsqueeze(3).transpose(-1, -2)).masked_fill(~mask, 0)
+    if not per_key:
+        products = rows.flatten(3, 4) @ keys.transpose(-1, -2)
+        decay = (cumulated[..., :, None] - cumulated[..., None, :]).masked_fill(~mask, -torch.inf).exp()
+        return products.unflatten(3, rows.shape[3:5]) * decay.unsqueeze(3)
+    # Per key dimension the decay does not factor out of the product. For queries of one subchunk and keys before it,
+    # both sides decay to the subchunk's border; inside the subchunk the exponents are written out.
+    blocks = []
+    for start in range(0, chunk, SUBCHUNK):
+        stop = start + SUBCHUNK
+        row, c_row = rows[..., start:stop, :], cumulated[..., start:stop, :]
+        inside = (c_row[..., :, None, :] - c_row[..., None, :, :]).masked_fill(
+            ~mask[start:stop, start:stop, None], -torch.inf
+        )
+        weighted = inside.exp() * keys[..., None, start:stop, :]  # [B,H,N,c,c,D]
+        near = torch.einsum("bhnrid,bhnijd->bhnrij", row, weighted)
+        parts = [near]
+        if start:
+            border = cumulated[..., start - 1 : start, :]
+            row_at_border = row * (c_row - border).exp().unsqueeze(3)
+            keys_at_border = keys[..., :start, :] * (border - cumulated[..., :start, :]).exp()
+            parts.insert(0, row_at_border @ keys_at_border.unsqueeze(3).transpose(-1, -2))
+        if stop < chunk:
+            parts.append(near.new_zeros(*near.shape[:-1], chunk - stop))
+        blocks.append(torch.cat(parts, -1))
+    return torch.cat(blocks, -2)

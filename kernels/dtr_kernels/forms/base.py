@@ -1,0 +1,125 @@
+"""What a form is: the small learned part of a linear mixer, with four duties.
+
+The mixer that owns a form keeps the large projections (q, k, v, o, biases, QK-norm, rotary embedding); the form turns
+their outputs into the operator's operands (`operands`), the operator's output into a head's output (`readout`, `mix`),
+starts from what is known of the teacher (`start_from`) and says what one sequence's state is (`state_spec`). The
+Hugging Face model and the vLLM plugin use the same module, so that they cannot differ.
+
+Parameters are float32 in every engine: they are few, and decays and gates do not survive bfloat16.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class FormConfig:
+    """Sizes of one mixer. Head counts are local ones: those of this tensor-parallel rank.
+
+    window: tokens of the softmax branch, 0 for none.
+    """
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"{self.num_heads} query heads do not divide by {self.num_kv_heads} kv heads")
+        if self.window < 0:
+            raise ValueError(f"window must be 0 or more tokens, got {self.window}")
+
+
+class Operands(NamedTuple):
+    """float32 operands of `linear_attention`, with the leading dimensions of the form's inputs."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+    beta: Tensor | None
+
+
+class TensorSpec(NamedTuple):
+    """Shape (of one sequence) and dtype of one piece of state."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class TeacherStatistics:
+    """What a form's start values are made from, measured on the teacher's softmax attention.
+
+    distance: [Hkv] mean distance in tokens from a query to what it attends to, outside the window and without the
+        first token (an attention sink is at every distance), averaged over a group's heads.
+    window_share: [Hq] share of attention mass within the window (0 for window 0).
+    output_rms: [Hq] root mean square of a head's attention output, before the output projection.
+    """
+
+    distance: Tensor
+    window_share: Tensor
+    output_rms: Tensor
+
+
+class Form(nn.Module):
+    """Base of all forms. A new form is a file beside this one, an ONNX emitter and a row in the parity tests."""
+
+    name: ClassVar[str]
+    rule: ClassVar[str]
+    decay_per_key: ClassVar[bool] = False
+    # parameter -> (kind of head its dimension counts, dimension); what is not here is replicated over ranks.
+    SHARD: ClassVar[dict[str, tuple[str, int]]] = {"out_gain": ("q", 0), "window_gate": ("q", 0)}
+
+    def __init__(self, config: FormConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.scale = config.head_dim**-0.5
+        self.out_gain = nn.Parameter(torch.ones(config.num_heads, config.head_dim, dtype=torch.float32))
+        if config.window:
+            self.window_gate = nn.Parameter(torch.zeros(config.num_heads, dtype=torch.float32))
+
+    def operands(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Operands:
+        """q [...,Hq,D], k, v [...,Hkv,D] after QK-norm and rotary embedding, hidden [...,hidden_size] (the mixer's
+        input) -> the operator's operands, float32."""
+        raise NotImplementedError
+
+    def readout(self, out: Tensor, hidden: Tensor) -> Tensor:
+        """The operator's output [...,Hq,D] -> RMS-normalised over D and scaled per head and channel, float32."""
+        out = out.float()
+        return out * torch.rsqrt(out.square().mean(-1, keepdim=True) + NORM_EPS) * self.out_gain
+
+    def mix(self, linear: Tensor, window: Tensor | None) -> Tensor:
+        """Linear and softmax branch, both [...,Hq,D] -> f window + (1 - f) linear, f = sigmoid(window_gate), float32."""
+        if window is None:
+            return linear
+        share = torch.sigmoid(self.window_gate)[:, None]
+        return share * window.float() + (1 - share) * linear
+
+    @torch.no_grad()
+    def start_from(self, statistics: TeacherStatistics) -> None:
+        """Set start values from the teacher, so that training begins near it."""
+        self.out_gain.copy_(statistics.output_rms.clamp_min(1e-3)[:, None].expand_as(self.out_gain))
+        if self.config.window:
+            self.window_gate.copy_(torch.logit(statistics.window_share.clamp(0.05, 0.95)))
+
+    def state_spec(self, dtype: torch.dtype) -> dict[str, TensorSpec]:
+        """State of one sequence; `dtype` is the model's, used for the window's keys and values."""
+        c = self.config
+        spec = {"recurrent": TensorSpec((c.num_kv_heads, c.head_dim, c.head_dim), torch.float32)}
+        if c.window:
+            spec["window_k"] = TensorSpec((c.window, c.num_kv_heads, c.head_dim), dtype)
+            spec["window_v"] = TensorSpec((c.window, c.num_kv_heads, c.head_dim), dtype)
+        return spec
+
+
+def small_linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
+    """A float32 projection, whatever the default dtype is."""
+    return nn.Linear(inputs, outputs, bias=bias, dtype=torch.float32)

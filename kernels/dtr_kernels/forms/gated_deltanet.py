@@ -1,0 +1,59 @@
+"""Gated DeltaNet (Yang et al., arXiv 2412.06464): a decayed state corrected by the delta rule."""
+
+import math
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dtr_kernels.forms.base import Form, FormConfig, Operands, TeacherStatistics, small_linear
+
+L2_EPS = 1e-6
+
+
+def l2_normalised(x: Tensor) -> Tensor:
+    """x / |x| over the last dimension, float32; the epsilon is inside the root, as in the public implementations."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
+
+
+class GatedDeltaNet(Form):
+    """q, k L2-normalised; beta = sigmoid(W_b h); log decay = -exp(decay_log_rate) softplus(W_a h), per kv head.
+
+    Without the short convolution of the original: a random one ruins inherited projections.
+    """
+
+    name: ClassVar[str] = "gated_deltanet"
+    rule: ClassVar[str] = "gated_delta"
+    SHARD: ClassVar[dict[str, tuple[str, int]]] = {
+        **Form.SHARD,
+        "decay_proj.weight": ("kv", 0),
+        "decay_proj.bias": ("kv", 0),
+        "decay_log_rate": ("kv", 0),
+        "beta_proj.weight": ("kv", 0),
+        "beta_proj.bias": ("kv", 0),
+    }
+
+    def __init__(self, config: FormConfig) -> None:
+        super().__init__(config)
+        self.decay_proj = small_linear(config.hidden_size, config.num_kv_heads, bias=True)
+        self.decay_log_rate = nn.Parameter(torch.full((config.num_kv_heads,), -math.log(128.0), dtype=torch.float32))
+        self.beta_proj = small_linear(config.hidden_size, config.num_kv_heads, bias=True)
+        # softplus(bias) = 1: the rate alone sets the start, and learns on a logarithmic scale.
+        nn.init.zeros_(self.decay_proj.weight)
+        nn.init.constant_(self.decay_proj.bias, math.log(math.e - 1))
+        nn.init.zeros_(self.beta_proj.weight)
+        nn.init.zeros_(self.beta_proj.bias)
+
+    def operands(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Operands:
+        hidden = hidden.float()
+        log_decay = -torch.exp(self.decay_log_rate) * F.softplus(self.decay_proj(hidden))
+        beta = torch.sigmoid(self.beta_proj(hidden))
+        return Operands(l2_normalised(q), l2_normalised(k), v.float(), log_decay, beta)
+
+    @torch.no_grad()
+    def start_from(self, statistics: TeacherStatistics) -> None:
+        super().start_from(statistics)
+        # A decay of exp(-1/d) a token has mean distance d.
+        self.decay_log_rate.copy_(-torch.log(statistics.distance.clamp_min(1.0)))

@@ -1,0 +1,199 @@
+"""`linear_attention`: the one definition that training, vLLM and ONNX share, and the choice of backend.
+
+The definition is that of the ONNX operator LinearAttention (com.microsoft, and ai.onnx opset 27):
+
+    S <- exp(g) S + k (x) u,   u = v  (linear, gated)   or   beta (v - S^T k) with the decayed S  (delta, gated_delta)
+    out = scale * S^T q        of the updated S
+
+State is kept per kv head and shared by its query heads, which is exact because k, v, decay and beta are per kv head.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtr_kernels.chunked import linear_attention_chunked
+from dtr_kernels.recurrent import linear_attention_recurrent
+from dtr_kernels.reference import linear_attention_reference
+
+RULES = ("linear", "gated", "delta", "gated_delta")
+BACKENDS = ("auto", "reference", "chunked", "recurrent")
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    rule: str,
+    log_decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    scale: float | None = None,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Linear attention over sequences.
+
+    Args:
+        q: [B,T,Hq,Dk]; query head h reads the state of kv head h // (Hq // Hkv).
+        k: [B,T,Hkv,Dk].
+        v: [B,T,Hkv,Dv]. A normaliser is a column of ones appended here.
+        rule: "linear", "gated", "delta" or "gated_delta".
+        log_decay: [B,T,Hkv] or [B,T,Hkv,Dk], at most 0; required by the gated rules, refused by the others.
+        beta: [B,T,Hkv]; required by the delta rules, refused by the others.
+        scale: multiplies the output; Dk ** -0.5 if None.
+        state: [B,Hkv,Dk,Dv] float32 (float64 for float64 inputs), zeros if None. Not modified.
+        cu_seqlens: [R+1] integers: B is 1, tokens of R sequences lie one after another, `state` is [R,Hkv,Dk,Dv].
+        backend: "auto" (recurrent for one token, else chunked), "reference", "chunked" or "recurrent".
+
+    Returns:
+        out [B,T,Hq,Dv] in the dtype of v, and the final state in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: operands that do not fit the rule or one another.
+    """
+    _check(q, k, v, rule, log_decay, beta)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r}: accepted are {', '.join(BACKENDS)}")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    shape = (sequences, k.shape[2], k.shape[3], v.shape[3])
+    if state is None:
+        state = torch.zeros(shape, dtype=dtype, device=q.device)
+    elif tuple(state.shape) != shape:
+        raise ValueError(f"state has shape {tuple(state.shape)}, expected {shape}")
+    state = state.to(dtype)
+    if cu_seqlens is None:
+        out, state = _run(backend, q, k, v, rule=rule, log_decay=log_decay, beta=beta, scale=scale, state=state)
+        return out.to(v.dtype), state
+    if q.shape[0] != 1:
+        raise ValueError(f"cu_seqlens needs a batch of 1, got {q.shape[0]}")
+    borders = cu_seqlens.tolist()
+    outs, states = [], []
+    for i, (start, stop) in enumerate(zip(borders, borders[1:], strict=False)):
+        cut = [None if x is None else x[:, start:stop] for x in (q, k, v, log_decay, beta)]
+        out, final = _run(
+            backend, *cut[:3], rule=rule, log_decay=cut[3], beta=cut[4], scale=scale, state=state[i : i + 1]
+        )
+        outs.append(out)
+        states.append(final)
+    return torch.cat(outs, 1).to(v.dtype), torch.cat(states)
+
+
+def linear_attention_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    rule: str,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+    pool: Tensor,
+    slots: Tensor,
+    cu_seqlens: Tensor,
+    has_initial_state: Tensor,
+) -> Tensor:
+    """Prefill of R ragged sequences over a state pool, in place. For serving; no gradient.
+
+    Args:
+        q, k, v: [N,Hq,Dk], [N,Hkv,Dk], [N,Hkv,Dv]: tokens of R sequences one after another.
+        log_decay, beta: [N,Hkv] or [N,Hkv,Dk]; [N,Hkv].
+        pool: [S,Hkv,Dk,Dv], float32 or bfloat16 (computed in float32). pool[slots[r]] is written.
+        slots: [R] integers, on the pool's device. A slot <= 0 is a null slot: the pool stays as it is, outputs are zero.
+        cu_seqlens: [R+1] integers. has_initial_state: [R] bool; False starts from zeros whatever the slot holds.
+            Both are read on the host: pass CPU tensors to avoid a device synchronisation.
+
+    Returns:
+        out [N,Hq,Dv] in float32.
+    """
+    out = torch.zeros(*q.shape[:2], v.shape[-1], dtype=torch.float32, device=q.device)
+    borders, initial = cu_seqlens.tolist(), has_initial_state.tolist()
+    for r, (start, stop) in enumerate(zip(borders, borders[1:], strict=False)):
+        if stop == start:
+            continue
+        slot = slots[r : r + 1].long()
+        live, slot = (slot > 0)[:, None, None, None], slot.clamp_min(0)
+        row = pool.index_select(0, slot)
+        state = row.float() if initial[r] else torch.zeros_like(row, dtype=torch.float32)
+        cut = [None if x is None else x[None, start:stop] for x in (q, k, v, log_decay, beta)]
+        y, final = _run("auto", *cut[:3], rule=rule, log_decay=cut[3], beta=cut[4], scale=scale, state=state)
+        out[start:stop] = torch.where(live[0], y[0], 0.0)
+        pool.index_copy_(0, slot, torch.where(live, final.to(pool.dtype), row))
+    return out
+
+
+def linear_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    rule: str,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+    pool: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """Decoding: one token for R sequences over a state pool, in place. No host synchronisation.
+
+    q [R,Hq,Dk], k [R,Hkv,Dk], v [R,Hkv,Dv], log_decay [R,Hkv] or [R,Hkv,Dk], beta [R,Hkv],
+    pool [S,Hkv,Dk,Dv], slots [R]. Null slots (<= 0) leave the pool as it was and give zeros.
+
+    Returns:
+        out [R,Hq,Dv] in float32.
+    """
+    slots = slots.long()
+    live = slots > 0
+    rows = pool.index_select(0, slots.clamp_min(0))
+    out, state = linear_attention_recurrent(
+        q, k, v, rule=rule, log_decay=log_decay, beta=beta, scale=scale, state=rows.float()
+    )
+    keep = live[:, None, None]
+    # Null rows write back what slot 0 holds: several of them write the same value, so the order does not matter.
+    pool.index_copy_(0, slots.clamp_min(0), torch.where(keep[..., None], state.to(pool.dtype), rows))
+    return torch.where(keep, out, 0.0)
+
+
+def _run(backend: str, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    if backend == "reference":
+        return linear_attention_reference(q, k, v, **kwargs)
+    if backend == "chunked" or (backend == "auto" and q.shape[1] != 1):
+        return linear_attention_chunked(q, k, v, **kwargs)
+    state, outs = kwargs.pop("state"), []
+    decay, beta = kwargs.pop("log_decay"), kwargs.pop("beta")
+    for t in range(q.shape[1]):
+        out, state = linear_attention_recurrent(
+            q[:, t],
+            k[:, t],
+            v[:, t],
+            log_decay=None if decay is None else decay[:, t],
+            beta=None if beta is None else beta[:, t],
+            state=state,
+            **kwargs,
+        )
+        outs.append(out)
+    if not outs:
+        return q.new_zeros(*q.shape[:3], v.shape[-1], dtype=state.dtype), state
+    return torch.stack(outs, 1), state
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, rule: str, log_decay: Tensor | None, beta: Tensor | None) -> None:
+    if rule not in RULES:
+        raise ValueError(f"rule {rule!r}: accepted are {', '.join(RULES)}")
+    if q.shape[2] % k.shape[2] or k.shape[2] != v.shape[2]:
+        raise ValueError(f"heads do not fit: q {q.shape[2]}, k {k.shape[2]}, v {v.shape[2]}")
+    if q.shape[-1] != k.shape[-1] or not (q.shape[:2] == k.shape[:2] == v.shape[:2]):
+        raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
+    gated, delta = rule in ("gated", "gated_delta"), rule in ("delta", "gated_delta")
+    if gated != (log_decay is not None):
+        raise ValueError(f"rule {rule!r} {'needs' if gated else 'takes no'} log_decay")
+    if delta != (beta is not None):
+        raise ValueError(f"rule {rule!r} {'needs' if delta else 'takes no'} beta")
+    if log_decay is not None and log_decay.shape not in (k.shape[:3], k.shape):
+        raise ValueError(f"log_decay has shape {tuple(log_decay.shape)}, expected {tuple(k.shape[:3])} or k's")
+    if beta is not None and beta.shape != k.shape[:3]:
+        raise ValueError(f"beta has shape {tuple(beta.shape)}, expected {tuple(k.shape[:3])}")

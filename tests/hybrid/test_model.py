@@ -1,0 +1,213 @@
+"""The hybrid model: against a float64 loop written from the equations, and against itself only where modes must agree."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dtr_deploy.errors import UsageError
+from dtr_deploy.hybrid.layout import describe, full
+from dtr_deploy.hybrid.model import load_hybrid, make_hybrid, save_hybrid
+from tests.tiny import FAMILIES, tiny_backbone, tiny_hybrid, tiny_tokenizer
+
+MIXED = (None, "gated_deltanet", "gla", "gated_deltanet")
+
+
+def tokens(batch, length, seed=0):
+    return torch.randint(8, 500, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def rope(x, theta):
+    """x [T,H,D], rotated by position, the halves convention."""
+    length, dim = x.shape[0], x.shape[-1]
+    angle = torch.outer(torch.arange(length).double(), theta ** (-torch.arange(0, dim, 2).double() / dim))
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def linear_layer_from_equations(mixer, hidden, theta):
+    """One mixer over hidden [T,hidden] in float64, token by token, without any code of the package's operator."""
+    w = {name: p.double() for name, p in mixer.state_dict().items()}
+    c = mixer.sizes
+    heads = lambda name, n: (  # noqa: E731
+        hidden @ w[f"{name}.weight"].T + w.get(f"{name}.bias", torch.zeros(1, dtype=torch.float64))
+    ).unflatten(-1, (n, c.head_dim))
+    q, k, v = heads("q_proj", c.num_heads), heads("k_proj", c.num_kv_heads), heads("v_proj", c.num_kv_heads)
+    if "q_norm.weight" in w:
+        eps = mixer.q_norm.variance_epsilon
+        rms = lambda x, g: x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * g  # noqa: E731
+        q, k = rms(q, w["q_norm.weight"]), rms(k, w["k_norm.weight"])
+    q, k = rope(q, theta), rope(k, theta)
+    sigmoid = torch.sigmoid
+    group, dim, out = c.num_heads // c.num_kv_heads, c.head_dim, []
+    state = torch.zeros(c.num_kv_heads, dim, dim, dtype=torch.float64)
+    unit = lambda x: x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()  # noqa: E731
+    for t in range(len(hidden)):
+        h = hidden[t]
+        if mixer.form.name == "gated_deltanet":
+            rate = torch.log1p(torch.exp(w["form.decay_proj.weight"] @ h + w["form.decay_proj.bias"]))
+            decay = torch.exp(-w["form.decay_log_rate"].exp() * rate)[:, None, None]
+            beta = sigmoid(w["form.beta_proj.weight"] @ h + w["form.beta_proj.bias"])
+            key, query = unit(k[t]), unit(q[t])
+            state = decay * state
+            read = torch.einsum("hkv,hk->hv", state, key)
+            state = state + torch.einsum("hk,hv->hkv", key, beta[:, None] * (v[t] - read))
+        else:
+            logit = w["form.decay_up.weight"] @ (w["form.decay_down.weight"] @ h) + w["form.decay_up.bias"]
+            decay = sigmoid(logit).pow(1 / 16).view(c.num_kv_heads, dim, 1)
+            key, query = k[t], q[t]
+            state = decay * state + torch.einsum("hk,hv->hkv", key, v[t])
+        linear = torch.einsum("hkv,hk->hv", state.repeat_interleave(group, 0), query) / dim**0.5
+        linear = linear / (linear.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w["form.out_gain"]
+        if c.window:
+            first = max(0, t - c.window + 1)
+            keys, values = (x[first : t + 1].repeat_interleave(group, 1) for x in (k, v))
+            weights = (torch.einsum("hd,jhd->hj", q[t], keys) / dim**0.5).softmax(-1)
+            softmax = torch.einsum("hj,jhd->hd", weights, values)
+            share = sigmoid(w["form.window_gate"])[:, None]
+            linear = share * softmax + (1 - share) * linear
+        out.append(linear.flatten())
+    return torch.stack(out) @ w["o_proj.weight"].T
+
+
+@pytest.mark.parametrize("window", [0, 16])
+@pytest.mark.parametrize("form", ["gated_deltanet", "gla"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mixer_equals_its_equations(family, form, window):
+    model = tiny_hybrid(family, (None, form), window, group=3)
+    mixer = model.model.layers[1].self_attn
+    hidden = torch.randn(1, 90, model.config.hidden_size, generator=torch.Generator().manual_seed(2))
+    where = model.model.rotary_emb(hidden, torch.arange(90)[None])
+    with torch.no_grad():
+        ours = mixer(hidden, where)[0][0].double()
+        truth = linear_layer_from_equations(mixer, hidden[0].double(), model.config.rope_parameters["rope_theta"])
+    # float32 against float64 over 90 steps
+    assert ((ours - truth).abs().max() / truth.abs().max()).item() < 2e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_layer_replaced_is_the_backbone(family):
+    backbone = tiny_backbone(family)
+    hybrid = make_hybrid(backbone, full(4), 64)
+    ids = tokens(2, 50)
+    assert torch.equal(hybrid(ids).logits, backbone(ids).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_calls_equal_one_call(family):
+    model, ids = tiny_hybrid(family, MIXED), tokens(2, 150)
+    whole = model(ids).logits
+    first = model(ids[:, :100], use_cache=True)
+    cache = first.past_key_values
+    parts = [first.logits, *(model(ids[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in
+                             ((100, 101), (101, 149), (149, 150)))]  # fmt: skip
+    # logits have a standard deviation of about 5; float32 sums in another order
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("window", [0, 64])
+def test_padded_batch_equals_single_rows(side, window):
+    model, ids = tiny_hybrid("llama", MIXED, window), tokens(3, 90)
+    lengths, total = (90, 7, 66), 90
+    padded, mask = torch.zeros(3, total, dtype=torch.long), torch.zeros(3, total, dtype=torch.long)
+    for row, n in enumerate(lengths):
+        where = slice(total - n, total) if side == "left" else slice(0, n)
+        padded[row, where], mask[row, where] = ids[row, :n], 1
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    logits = model(padded, attention_mask=mask, position_ids=positions).logits
+    for row, n in enumerate(lengths):
+        alone = model(ids[row : row + 1, :n]).logits[0]
+        torch.testing.assert_close(logits[row, mask[row].bool()], alone, rtol=0, atol=2e-4)
+
+
+def test_generate_in_a_left_padded_batch_equals_single_runs():
+    model, ids = tiny_hybrid("qwen2", MIXED), tokens(2, 80)
+    padded = torch.cat([torch.zeros(1, 30, dtype=torch.long), ids[1:, :50]], 1)
+    batch, mask = torch.cat([ids[:1], padded]), torch.ones(2, 80, dtype=torch.long)
+    mask[1, :30] = 0
+    settings = dict(max_new_tokens=24, do_sample=False, eos_token_id=None)
+    together = model.generate(batch, attention_mask=mask, **settings)[:, 80:]
+    assert torch.equal(together[0], model.generate(ids[:1], **settings)[0, 80:])
+    assert torch.equal(together[1], model.generate(ids[1:, :50], **settings)[0, 50:])
+
+
+def test_beam_search_reorders_states():
+    """Each beam's score has to be what the model gives its tokens without a cache."""
+    model, ids = tiny_hybrid("llama", MIXED), tokens(1, 40)
+    out = model.generate(
+        ids, max_new_tokens=6, num_beams=4, num_return_sequences=4, do_sample=False, eos_token_id=None,
+        length_penalty=0.0, return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    logprobs = model(out.sequences).logits.log_softmax(-1)[:, 39:-1]
+    sums = logprobs.gather(-1, out.sequences[:, 40:, None]).squeeze(-1).sum(-1)
+    torch.testing.assert_close(out.sequences_scores, sums, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_and_loaded_is_the_same_model(family, tmp_path):
+    model, ids = tiny_hybrid(family, MIXED), tokens(1, 70)
+    save_hybrid(model, tiny_tokenizer(), tmp_path)
+    loaded, tokenizer = load_hybrid(tmp_path)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert tokenizer.decode(tokenizer("review")["input_ids"]) == "review"
+    assert [p.name for p in tmp_path.glob("*.safetensors")] and not list(tmp_path.glob("*.bin"))
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+
+
+def test_form_parameters_stay_float32_in_bfloat16(tmp_path):
+    save_hybrid(tiny_hybrid("llama", MIXED), None, tmp_path)
+    model, _ = load_hybrid(tmp_path, torch.bfloat16)
+    dtypes = {".form." in name: p.dtype for name, p in model.named_parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+
+
+def test_backbone_is_not_changed_by_its_hybrid():
+    backbone, ids = tiny_backbone("qwen3"), tokens(1, 20)
+    before = backbone(ids).logits
+    make_hybrid(backbone, MIXED, 64)
+    assert torch.equal(backbone(ids).logits, before)
+
+
+def test_twin_weights_are_used():
+    backbone = tiny_backbone("qwen2")
+    donor = make_hybrid(tiny_backbone("qwen2", seed=5), (None, "gla", None, None), 64)
+    weights = donor.model.layers[1].self_attn.state_dict()
+    hybrid = make_hybrid(backbone, (None, "gla", None, None), 64, {(1, "gla"): weights})
+    for name, tensor in hybrid.model.layers[1].self_attn.state_dict().items():
+        assert torch.equal(tensor, weights[name])
+    with pytest.raises(UsageError, match="no distilled twin for layer 2"):
+        make_hybrid(backbone, (None, None, "gla", None), 64, {(1, "gla"): weights})
+
+
+def test_state_does_not_grow_with_the_context():
+    model = tiny_hybrid("llama", (None, "gla"), 64)
+    bytes_at = []
+    for length in (100, 1000):
+        layer = model(tokens(1, length), use_cache=True).past_key_values.layers[1]
+        bytes_at.append(sum(s.nbytes for s in layer.recurrent_states.values()))
+    assert bytes_at[0] == bytes_at[1]
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (("gla",) * 4, "at least one has to keep full attention"),
+        ((None, "gla"), "layout has 2 entries, the model has 4 layers"),
+    ],
+)
+def test_layouts_that_cannot_be_are_refused(layout, message):
+    with pytest.raises(UsageError, match=message):
+        make_hybrid(tiny_backbone(), layout, 64)
+
+
+def test_a_folder_that_is_no_hybrid_is_refused(tmp_path):
+    tiny_backbone().save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="no key 'dtr'"):
+        load_hybrid(tmp_path)
+
+
+def test_layout_in_words():
+    assert describe((None, "gla", "gla", None, None, "gated_deltanet")) == (
+        "3 of 6 linear (gated_deltanet 1, gla 2), full attention in 0, 3-4"
+    )

@@ -1,0 +1,99 @@
+"""An exported hybrid under plain onnxruntime computes what the Hugging Face hybrid computes."""
+
+import numpy as np
+import pytest
+
+from dtr_deploy.engines.torch import TorchEngine
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+FORMS = ("gated_deltanet", "gla")
+# Both sum float32 products in other orders: 1e-5 of log-probabilities that reach -40. The gate of a build is 1e-3.
+TOLERANCE = 2e-4
+
+
+def largest_difference(ours, theirs) -> float:
+    return max(
+        float(np.abs(a.logprobs - b.logprobs).max(initial=0.0)) for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+@pytest.mark.parametrize("group", (1, 3, 4))
+@pytest.mark.parametrize("window", (0, 64))
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_equal_hugging_face(family, form, window, group, exported, engine, prompts):
+    model, folder = exported(family, (None, form), window, group, hidden=64 if group == 4 else 96, head_dim=16)
+    texts = prompts(1, 130)
+    assert largest_difference(engine(folder).score(texts), TorchEngine(model).score(texts)) < TOLERANCE
+
+
+@pytest.mark.parametrize("length", (1, 2, 63, 64, 65, 127, 128, 129, 200))
+def test_every_block_border_of_the_window(length, exported, engine, prompts):
+    model, folder = exported()
+    texts = prompts(length)
+    assert largest_difference(engine(folder).score(texts), TorchEngine(model).score(texts)) < TOLERANCE
+
+
+@pytest.mark.parametrize("group", (5, 16))
+def test_group_sizes_without_a_fast_kernel(group, exported, engine, prompts):
+    """5 is padded to 8; above 8 nothing is padded."""
+    model, folder = exported("llama", (None, "gated_deltanet"), 64, group, hidden=160, head_dim=16)
+    texts = prompts(70)
+    assert largest_difference(engine(folder).score(texts), TorchEngine(model).score(texts)) < TOLERANCE
+
+
+@pytest.mark.parametrize("window", (1, 5))
+def test_small_windows(window, exported, engine, prompts):
+    model, folder = exported("llama", (None, "gated_deltanet"), window)
+    texts = prompts(1, 4, 5, 6, 33)
+    assert largest_difference(engine(folder).score(texts), TorchEngine(model).score(texts)) < TOLERANCE
+
+
+def test_first_layer_linear_and_last_layer_full(exported, engine, prompts):
+    model, folder = exported("qwen2", ("gla", "gated_deltanet", None))
+    texts = prompts(90)
+    assert largest_difference(engine(folder).score(texts), TorchEngine(model).score(texts)) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unreplaced_backbone(family, exported, engine, prompts):
+    model, folder = exported(family, None)
+    texts = prompts(1, 90)
+    assert largest_difference(engine(folder).score(texts), TorchEngine(model).score(texts)) < TOLERANCE
+
+
+def test_top_ids_and_their_log_probabilities(exported, engine, prompts):
+    model, folder = exported()
+    ours, theirs = engine(folder).score(prompts(40))[0], TorchEngine(model).score(prompts(40))[0]
+    np.testing.assert_allclose(ours.top_logprobs, theirs.top_logprobs, atol=TOLERANCE)
+    assert (ours.top_ids[:, 0] == theirs.top_ids[:, 0]).all()
+
+
+@pytest.mark.parametrize(("precision", "limit"), (("int8", 0.05), ("int4", 1.0)))
+def test_quantized_is_close(precision, limit, exported, engine, prompts):
+    """Mean KL in nats, from fp32, below what quantizing the unreplaced backbone costs, times 3, and a plain limit.
+
+    Random weights quantize worse than trained ones and a form adds its own sensitivity; a mixer wired wrongly is tens
+    of nats away.
+    """
+    texts = prompts(60, 90)
+
+    def divergence(forms) -> float:
+        sizes = {"hidden": 96, "head_dim": 32}
+        full, quantized = (
+            engine(exported("llama", forms, precision=kind, **sizes)[1], kind).score(texts) for kind in ("fp32", precision)
+        )
+        losses = []
+        for a, b in zip(full, quantized, strict=True):
+            for row in range(len(a.logprobs)):
+                log_q = dict(zip(b.top_ids[row].tolist(), b.top_logprobs[row].tolist(), strict=True))
+                floor = min(log_q.values())
+                p = np.exp(a.top_logprobs[row])
+                losses.append(float(sum(p * (a.top_logprobs[row] - [log_q.get(i, floor) for i in a.top_ids[row].tolist()]))))
+        return float(np.mean(losses))
+
+    ours = divergence((None, "gated_deltanet", "gla", "gated_deltanet"))
+    base = divergence(None)
+    print(f"{precision}: hybrid {ours:.4f}, backbone {base:.4f}")
+    assert ours < limit
+    assert ours < 3 * base + 0.01

@@ -1,0 +1,121 @@
+"""Scores through the cache and the ledger equal those of the whole model, and are computed once."""
+
+import numpy as np
+import pytest
+import torch
+
+from dtr_deploy.hybrid.layout import full
+from dtr_deploy.hybrid.model import make_hybrid
+from dtr_deploy.search.ledger import Ledger
+from dtr_deploy.search.scorer import ModelEvaluator, Scorer, models_hash
+from dtr_deploy.search.screening import screening_recall, screening_text
+from dtr_deploy.tasks.divergence import Divergence
+from dtr_deploy.tasks.needle import Needle
+from tests.search.test_forward import LAYERS, WINDOW, make_twins
+from tests.tiny import tiny_backbone, tiny_tokenizer
+
+LAYOUT = ("gla", None, None, "gated_deltanet", None)
+# Log-probabilities of a float32 model with other batch masks: rounding only.
+TOLERANCE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return tiny_backbone(layers=LAYERS)
+
+
+@pytest.fixture(scope="module")
+def twins(backbone):
+    return make_twins(backbone)
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    return torch.randint(3, 512, (6, 40), generator=torch.Generator().manual_seed(5))
+
+
+def make_evaluator(backbone, twins, held_out, border_bytes=1 << 30, seed=0) -> ModelEvaluator:
+    tokenizer = tiny_tokenizer()
+    tasks = [Needle("needle", tokenizer, lengths=(400, 500), items=3, seed=seed, weight=2.0)]
+    recall = screening_recall(tasks, tokenizer, seed=0, max_length=8192, needles=2)
+    return ModelEvaluator(backbone, twins, WINDOW, tasks, screening_text(held_out), recall, "hash", border_bytes)
+
+
+@pytest.mark.parametrize("border_bytes", [0, 2_000_000, 1 << 30])
+def test_scores_equal_the_whole_model(backbone, twins, held_out, border_bytes):
+    evaluator = make_evaluator(backbone, twins, held_out, border_bytes)
+    scorer = Scorer(evaluator, Ledger(":memory:"))
+    scorer.score(full(LAYERS))
+    whole = make_hybrid(backbone, LAYOUT, WINDOW, twins)
+    for split in ("search", "confirm"):
+        ours, theirs = scorer.score(LAYOUT, split).tasks[0], evaluator.tasks[0].score(whole, split)
+        np.testing.assert_allclose(ours.margins, theirs.margins, atol=TOLERANCE)
+        np.testing.assert_array_equal(ours.per_item, theirs.per_item)
+        assert ours.strata == theirs.strata == ("400",) * 3 + ("500",) * 3
+    assert evaluator.kept_bytes <= border_bytes
+
+
+def test_screening_equals_the_whole_model(backbone, twins, held_out):
+    evaluator = make_evaluator(backbone, twins, held_out)
+    screening = Scorer(evaluator, Ledger(":memory:")).screen(LAYOUT)
+    whole = make_hybrid(backbone, LAYOUT, WINDOW, twins)
+    divergence = Divergence(held_out[:4])
+    divergence.reference(backbone)
+    assert screening.kl == pytest.approx(divergence.score(whole).mean_kl, abs=TOLERANCE)
+    assert screening.perplexity == pytest.approx(divergence.perplexity(whole), rel=TOLERANCE)
+    assert screening.recall == {
+        "recall": pytest.approx(evaluator.recall[0].score(whole, "search").mean_margin, abs=TOLERANCE)
+    }
+    assert evaluator.screen(full(LAYERS)).kl == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_trial_is_computed_once_and_every_copy_is_equal(backbone, twins, held_out, tmp_path):
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        first = Scorer(make_evaluator(backbone, twins, held_out), ledger)
+        score, screening = first.score(LAYOUT), first.screen(LAYOUT)
+        assert first.spent_trials == 2 and first.spent_layer_forwards > 0
+    evaluator = make_evaluator(backbone, twins, held_out)
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        second = Scorer(evaluator, ledger)
+        again = second.score(LAYOUT)
+        assert second.screen(LAYOUT) == screening
+        for ours, theirs in zip(again.tasks, score.tasks, strict=True):
+            np.testing.assert_array_equal(ours.margins, theirs.margins)
+            np.testing.assert_array_equal(ours.per_item, theirs.per_item)
+        assert evaluator.layer_forwards == 0
+        assert second.spent_layer_forwards == first.spent_layer_forwards
+        assert second.spent_seconds == first.spent_seconds
+
+
+def test_keys_change_with_what_a_score_depends_on(backbone, twins, held_out):
+    evaluator, other = make_evaluator(backbone, twins, held_out), make_evaluator(backbone, twins, held_out, seed=1)
+    assert evaluator.fingerprint("score", "search") != other.fingerprint("score", "search")
+    assert evaluator.fingerprint("score", "search") != evaluator.fingerprint("score", "confirm")
+    changed = {key: dict(weights) for key, weights in twins.items()}
+    name = next(name for name in changed[2, "gla"] if name.startswith("form."))
+    changed[2, "gla"][name] = changed[2, "gla"][name] + 1e-3
+    assert models_hash("b", twins, 16) == models_hash("b", dict(reversed(twins.items())), 16)
+    assert len({models_hash("b", twins, 16), models_hash("b", changed, 16), models_hash("b", twins, 32)}) == 3
+
+
+def test_tasks_that_generate_get_a_whole_model(backbone, twins, held_out):
+    seen = []
+
+    class Generating(Needle):
+        resumable = False
+
+        def score(self, model, split, forward_hidden=None):
+            seen.append(getattr(model.config, "dtr", None))
+            return super().score(model, split, forward_hidden)
+
+    task = Generating("needle", tiny_tokenizer(), lengths=(400,), items=2)
+    evaluator = ModelEvaluator(backbone, twins, WINDOW, [task], screening_text(held_out), [], "hash")
+    scorer = Scorer(evaluator, Ledger(":memory:"))
+    scorer.score(full(LAYERS))
+    scorer.score(LAYOUT)
+    assert seen[0] is None and seen[1]["forms"] == list(LAYOUT)
+
+
+def test_recall_is_screened_even_if_the_recipe_does_not_score_it():
+    (task,) = screening_recall([], tiny_tokenizer(), seed=0, max_length=600, needles=2)
+    assert isinstance(task, Needle) and task.lengths == (600,)

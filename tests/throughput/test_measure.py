@@ -1,0 +1,149 @@
+"""Measurements alternate with the backbone, are remembered, and replace predictions that fail their check."""
+
+import pytest
+
+from dtr_deploy.engines.base import Engine, Workload
+from dtr_deploy.hybrid.layout import full, replaced
+from dtr_deploy.search.ledger import Ledger
+from dtr_deploy.throughput.cost_model import layout_of_counts
+from dtr_deploy.throughput.measure import Comparison, ThroughputMeter, calibrate, compare_with_base
+from tests.throughput.fake import FakeServer
+
+LAYERS = 12
+WORKLOAD = Workload(4096, 512)
+
+
+def gla(n: int):
+    return layout_of_counts(LAYERS, {"gla": n})
+
+
+def additive(layout):
+    return 4.0 - 0.2 * replaced(layout), 2.0 - 0.05 * replaced(layout)
+
+
+def make_meter(server, ledger=None, **options) -> ThroughputMeter:
+    return ThroughputMeter(server, WORKLOAD, ledger or Ledger(":memory:"), "inputs", **options)
+
+
+def test_the_fake_is_an_engine():
+    with FakeServer(additive)(full(LAYERS)) as engine:
+        assert isinstance(engine, Engine)
+
+
+@pytest.mark.parametrize("max_open", [1, 2, 3, 10])
+def test_ratios_are_right_and_engines_few(max_open):
+    server = FakeServer(additive)
+    layouts = [gla(4), gla(8), gla(11)]
+    comparisons = list(compare_with_base(server, layouts, WORKLOAD, 3, max_open))
+    assert [comparison.layout for comparison in comparisons] == layouts
+    for comparison in comparisons:
+        prefill, decode = additive(comparison.layout)
+        assert comparison.speedup == pytest.approx(6.0 / (prefill + decode))
+        assert comparison.prefill_ratio == pytest.approx(prefill / 4.0)
+        assert comparison.decode_ratio == pytest.approx(decode / 2.0)
+        assert comparison.hybrid.repeats == 3 and comparison.hybrid.workload == WORKLOAD
+    assert server.most_open == min(max_open, 4) and server.open_now == 0
+    if max_open > 1:
+        assert server.opened.count(full(LAYERS)) == 1
+
+
+def test_a_drifting_machine_does_not_bend_the_ratio():
+    """Ten percent slower with every run: measured one after the other the ratio would be off by a third."""
+    server = FakeServer(additive, drift=0.1)
+    (comparison,) = compare_with_base(server, [gla(8)], WORKLOAD, repeats=4)
+    # Even rounds: rounds that run forwards and backwards alternate, and their errors cancel to first order.
+    assert comparison.speedup == pytest.approx(6.0 / sum(additive(gla(8))), rel=0.02)
+    assert server.runs[:4] == [full(LAYERS), gla(8), gla(8), full(LAYERS)]
+
+
+def test_a_workload_of_one_output_token_has_no_decode():
+    (comparison,) = compare_with_base(FakeServer(lambda layout: (additive(layout)[0], 0.0)), [gla(4)], WORKLOAD, 2)
+    assert comparison.decode_ratio == 1.0
+    assert comparison.speedup == pytest.approx(4.0 / 3.2)
+
+
+def test_comparison_round_trip():
+    (comparison,) = compare_with_base(FakeServer(additive), [gla(4)], WORKLOAD, 2)
+    assert Comparison.from_dict(comparison.to_dict()) == comparison
+
+
+def test_layouts_with_equal_counts_are_measured_once(tmp_path):
+    server = FakeServer(additive)
+    other = ("gla",) * 4 + (None,) * 8
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        first, second = make_meter(server, ledger).compare([gla(4), other])
+    assert first == second and len(set(server.opened)) == 2
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        assert make_meter(server, ledger).compare([other]) == [first]
+        assert len(server.opened) == 2
+        make_meter(server, ledger).compare([gla(5), gla(4)])
+    assert server.opened[2:] == [full(LAYERS), gla(5)]
+
+
+def test_what_was_measured_before_a_crash_is_kept():
+    def seconds(layout):
+        if replaced(layout) == 8:
+            raise RuntimeError("the engine died")
+        return additive(layout)
+
+    ledger, server = Ledger(":memory:"), FakeServer(seconds)
+    with pytest.raises(RuntimeError):
+        make_meter(server, ledger).compare([gla(4), gla(8)])
+    assert [replaced(trial.key.layout) for trial in ledger.trials(kind="throughput")] == [4]
+    assert server.open_now == 0
+
+
+def test_calibration_is_trusted_where_time_adds_up():
+    server = FakeServer(additive)
+    cost = calibrate(make_meter(server), LAYERS, {"gla": 12})
+    assert cost.trusted and cost.largest_relative_error < 0.05
+    assert [replaced(check.layout) for check in cost.checks] == [6]  # half of the eleven that can be replaced at most
+    assert {replaced(layout) for layout in server.opened} == {0, 6, 11}
+    assert cost.speedup(gla(3)) == pytest.approx(6.0 / sum(additive(gla(3))))
+    assert len(server.opened) == 3  # predicted, not measured
+    assert cost.measure(gla(3)).speedup == pytest.approx(cost.speedup(gla(3)))
+
+
+def test_calibration_of_two_forms_is_checked_on_a_mixture():
+    def seconds(layout):
+        return 4.0 - 0.2 * layout.count("gla") - 0.1 * layout.count("gated_deltanet"), 2.0
+
+    cost = calibrate(make_meter(FakeServer(seconds)), LAYERS, {"gla": 12, "gated_deltanet": 10})
+    assert cost.trusted
+    (check,) = cost.checks
+    assert check.layout.count("gla") == 3 and check.layout.count("gated_deltanet") == 2
+
+
+def test_a_bent_curve_is_fitted_again_with_the_checked_point():
+    """Half the layers save nearly everything: the straight line is off, the bent one is not."""
+
+    def seconds(layout):
+        return 4.0 - 0.3 * min(6, replaced(layout)) - 0.01 * max(0, replaced(layout) - 6), 2.0
+
+    cost = calibrate(make_meter(FakeServer(seconds)), LAYERS, {"gla": 12})
+    assert cost.trusted
+    assert cost.speedup(gla(3)) == pytest.approx(6.0 / sum(seconds(gla(3))), rel=0.01)
+
+
+def test_a_model_that_fails_twice_measures_instead():
+    def seconds(layout):  # no curve over counts: every third count is half as fast again
+        return (4.0 if replaced(layout) % 3 else 6.0), 2.0
+
+    server = FakeServer(seconds)
+    cost = calibrate(make_meter(server), LAYERS, {"gla": 12})
+    assert not cost.trusted and cost.largest_relative_error > 0.05
+    assert cost.speedup(full(LAYERS)) == 1.0
+    for n in (1, 2, 4, 5):
+        assert cost.speedup(gla(n)) == pytest.approx(8.0 / sum(seconds(gla(n)))), n
+    opened = len(server.opened)
+    cost.speedup(gla(5))
+    cost.predicted_speedup(gla(7))
+    assert len(server.opened) == opened
+    assert cost.to_dict()["trusted"] is False
+
+
+def test_progress_is_told():
+    seen = []
+    meter = make_meter(FakeServer(additive), progress=lambda *report: seen.append(report))
+    meter.compare([gla(4), gla(8)])
+    assert seen == [(0, 2, "measuring throughput with 4 gla"), (1, 2, "measuring throughput with 8 gla")]
