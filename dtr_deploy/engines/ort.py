@@ -1,8 +1,8 @@
 """Plain onnxruntime: an exported folder in one `InferenceSession`, its states bound in place.
 
 Past and present of every state are one buffer, so that a decoding step copies no cache. Batches are padded on the right
-and masked in the graph. Prompts longer than `prefill_chunk`, and batches with too many logits, go in row by row over several
-calls, which bounds memory.
+and masked in the graph. Prompts longer than `prefill_chunk`, and batches with too many logits, go in row by row over
+several calls, which bounds memory.
 """
 
 from __future__ import annotations
@@ -222,7 +222,9 @@ class OrtEngine:
 class _Decoder:
     """The states of one batch, and the calls on them."""
 
-    def __init__(self, engine: OrtEngine, rows: int, capacity: int, states: dict[str, np.ndarray] | None = None) -> None:
+    def __init__(
+        self, engine: OrtEngine, rows: int, capacity: int, states: dict[str, np.ndarray] | None = None
+    ) -> None:
         """capacity: most tokens a row will ever hold. states: share these instead of starting from zeros."""
         self.engine = engine
         self.mask = np.zeros((rows, 0), np.int64)

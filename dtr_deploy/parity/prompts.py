@@ -24,13 +24,13 @@ def prompt_lengths(count: int, max_length: int, tokens: int, window: int = 0, se
     """
     if count < 1 or max_length < 1:
         raise ValueError(f"count {count} and max_length {max_length} must be at least 1")
-    longest = max(1, min(max_length, int(tokens * LONGEST_SHARE) if count > 1 else tokens))
+    # Every other prompt needs a token at least.
+    longest = max(1, min(max_length, int(tokens * LONGEST_SHARE) if count > 1 else tokens, tokens - (count - 1)))
     wanted = [1, 2]
     for border in sorted({*([window] if window else []), *BORDERS}):
         wanted += [border - 1, border, border + 1]
     lengths, left = [longest], tokens - longest
     for length in dict.fromkeys(wanted):
-        # Every prompt still to come needs a token at least.
         if len(lengths) < count and 0 < length < longest and length <= left - (count - len(lengths) - 1):
             lengths.append(length)
             left -= length

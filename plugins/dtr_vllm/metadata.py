@@ -21,7 +21,7 @@ class Prefills:
     cu_seqlens: torch.Tensor
     """[P+1] int32, borders of the sequences among the prefill tokens."""
     start: torch.Tensor
-    """[P] int32, tokens of each sequence that are in its state already: the position of its first token in this step."""
+    """[P] int32, tokens of each sequence in its state already, so the position of its first token in this step."""
     slots: torch.Tensor
     """[P] int32, the page of each sequence."""
 

@@ -187,7 +187,7 @@ class LinearMixer(nn.Module, MambaBase):
         rule, scale, pool = self.form.rule, self.form.scale, self.state["recurrent"]
         decodes, outs = step.num_decode_tokens, []
         if decodes:
-            q, k, v, log_decay, beta = (x if x is None else x[:decodes] for x in operands)
+            q, k, v, log_decay, beta = _rows(operands, slice(decodes))
             slots = _decode_slots(step)
             outs.append(
                 linear_attention_step(
@@ -195,7 +195,7 @@ class LinearMixer(nn.Module, MambaBase):
                 )
             )
         if step.prefills is not None:
-            q, k, v, log_decay, beta = (x if x is None else x[decodes:] for x in operands)
+            q, k, v, log_decay, beta = _rows(operands, slice(decodes, None))
             outs.append(
                 linear_attention_packed(
                     q,
@@ -250,6 +250,11 @@ class LinearMixer(nn.Module, MambaBase):
                 )
             )
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _rows(o: Operands, rows: slice) -> Operands:
+    decay, beta = (x if x is None else x[rows] for x in (o.log_decay, o.beta))
+    return Operands(o.q[rows], o.k[rows], o.v[rows], decay, beta)
 
 
 def _decode_slots(step: DtrMetadata) -> torch.Tensor:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import VOCABULARY, tiny_backbone, tiny_hybrid, tiny_tokenizer
 
 from dtr_deploy.engines.ort import OrtEngine
 from dtr_deploy.export.onnx import export_model
+from tiny import VOCABULARY, tiny_backbone, tiny_hybrid, tiny_tokenizer
 
 MIXED = (None, "gated_deltanet", "gla", "gated_deltanet")
 

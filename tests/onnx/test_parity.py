@@ -12,9 +12,7 @@ TOLERANCE = 2e-4
 
 
 def largest_difference(ours, theirs) -> float:
-    return max(
-        float(np.abs(a.logprobs - b.logprobs).max(initial=0.0)) for a, b in zip(ours, theirs, strict=True)
-    )
+    return max(float(np.abs(a.logprobs - b.logprobs).max(initial=0.0)) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("group", (1, 3, 4))
@@ -69,31 +67,29 @@ def test_top_ids_and_their_log_probabilities(exported, engine, prompts):
     assert (ours.top_ids[:, 0] == theirs.top_ids[:, 0]).all()
 
 
-@pytest.mark.parametrize(("precision", "limit"), (("int8", 0.05), ("int4", 1.0)))
-def test_quantized_is_close(precision, limit, exported, engine, prompts):
-    """Mean KL in nats, from fp32, below what quantizing the unreplaced backbone costs, times 3, and a plain limit.
+@pytest.mark.parametrize("precision", ("int8", "int4"))
+def test_quantized_is_close(precision, exported, engine, prompts):
+    """Mean KL from the fp32 export, against what quantizing the unreplaced backbone of the same random weights costs.
 
-    Random weights quantize worse than trained ones and a form adds its own sensitivity; a mixer wired wrongly is tens
-    of nats away.
+    Random weights quantize badly at 4 bits, backbone or hybrid alike, hence the comparison: twice the backbone's for
+    the sensitivity of gates and normalisation, and 0.01 nats for int8, where both are almost nothing.
     """
     texts = prompts(60, 90)
 
     def divergence(forms) -> float:
-        sizes = {"hidden": 96, "head_dim": 32}
         full, quantized = (
-            engine(exported("llama", forms, precision=kind, **sizes)[1], kind).score(texts) for kind in ("fp32", precision)
+            engine(exported("llama", forms, precision=kind)[1], kind).score(texts) for kind in ("fp32", precision)
         )
-        losses = []
-        for a, b in zip(full, quantized, strict=True):
-            for row in range(len(a.logprobs)):
-                log_q = dict(zip(b.top_ids[row].tolist(), b.top_logprobs[row].tolist(), strict=True))
-                floor = min(log_q.values())
-                p = np.exp(a.top_logprobs[row])
-                losses.append(float(sum(p * (a.top_logprobs[row] - [log_q.get(i, floor) for i in a.top_ids[row].tolist()]))))
-        return float(np.mean(losses))
+        return float(
+            np.mean([_kl(a, b, row) for a, b in zip(full, quantized, strict=True) for row in range(len(a.logprobs))])
+        )
 
-    ours = divergence((None, "gated_deltanet", "gla", "gated_deltanet"))
-    base = divergence(None)
-    print(f"{precision}: hybrid {ours:.4f}, backbone {base:.4f}")
-    assert ours < limit
-    assert ours < 3 * base + 0.01
+    assert divergence((None, "gated_deltanet", "gla", "gated_deltanet")) < 2 * divergence(None) + 0.01
+
+
+def _kl(a, b, row: int) -> float:
+    """KL of position `row` over a's most likely tokens; what b does not list has b's smallest listed probability."""
+    listed = dict(zip(b.top_ids[row].tolist(), b.top_logprobs[row].tolist(), strict=True))
+    floor = min(listed.values())
+    log_q = np.array([listed.get(token, floor) for token in a.top_ids[row].tolist()])
+    return float(np.sum(np.exp(a.top_logprobs[row]) * (a.top_logprobs[row] - log_q)))

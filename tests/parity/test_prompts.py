@@ -16,7 +16,7 @@ from dtr_deploy.parity.prompts import parity_prompts, prompt_lengths
 def test_lengths_keep_the_budget(count: int, max_length: int, tokens: int, window: int) -> None:
     lengths = prompt_lengths(count, max_length, tokens, window)
     assert len(lengths) == count and lengths == sorted(lengths)
-    assert 1 <= lengths[0] and lengths[-1] <= max_length
+    assert lengths[0] >= 1 and lengths[-1] <= max_length
     assert sum(lengths) <= max(tokens, count)
 
 

@@ -1,4 +1,4 @@
-"""Reading a recipe: what is accepted, and that every mistake is one line naming file, line, key and what is accepted."""
+"""Reading a recipe: what is accepted, and that a mistake is one line with file, line, key and what is accepted."""
 
 from pathlib import Path
 
@@ -137,7 +137,7 @@ def test_layers(tmp_path: Path, written: str, chosen: list[int]) -> None:
 )
 def test_layers_that_the_model_does_not_have(tmp_path: Path, old: str, new: str, says: str) -> None:
     recipe = load_recipe(write_recipe(tmp_path, old, new))
-    with pytest.raises(UsageError, match="recipe.yaml:(6|11): ") as caught:
+    with pytest.raises(UsageError, match=r"recipe\.yaml:(6|11): ") as caught:
         recipe.check_layers(6)
     assert says in str(caught.value)
 

@@ -155,9 +155,9 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_two_builds_of_one_run_refuse(run: RunDir) -> None:
-    with run.lock(), pytest.raises(UsageError, match=rf"process {os.getpid()} is working on this run"):
-        with RunDir(run.path).lock():
-            raise AssertionError("both hold the lock")
+    refused = pytest.raises(UsageError, match=rf"process {os.getpid()} is working on this run")
+    with run.lock(), refused, RunDir(run.path).lock():
+        raise AssertionError("both hold the lock")
     with run.lock():
         pass
     assert not (run.path / "lock").exists()

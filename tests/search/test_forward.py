@@ -12,7 +12,7 @@ from tests.tiny import randomise_forms, tiny_backbone
 
 LAYERS, WINDOW = 5, 16
 FORMS = ("gated_deltanet", "gla")
-# Same modules, same shapes, same masks, but the model may pick another SDPA path for an all-ones mask: float32 rounding.
+# Same modules, shapes and masks, but the model may take another SDPA path for an all-ones mask: float32 rounding.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
 

@@ -1,4 +1,4 @@
-"""The ledger gives back bit for bit what was stored, keeps what was finished through a kill, and refuses other files."""
+"""The ledger gives back bit for bit what was stored, survives a kill, and refuses files that are not its own."""
 
 import os
 import signal

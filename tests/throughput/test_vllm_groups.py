@@ -10,7 +10,8 @@ from dtr_deploy.throughput.vllm_groups import vllm_group_count
 ASK = """
 import sys
 from dtr_deploy.throughput.vllm_groups import vllm_group_count
-groups = vllm_group_count(kv_heads=3, head_dim=64, state_bytes=3 * 64 * 64 * 4 + 2 * 64 * 3 * 64 * 4, max_model_len=8192)
+state_bytes = 3 * 64 * 64 * 4 + 2 * 64 * 3 * 64 * 4  # recurrent, and a window of 64
+groups = vllm_group_count(kv_heads=3, head_dim=64, state_bytes=state_bytes, max_model_len=8192)
 assert groups is not None, "the installed vLLM cannot be asked"
 for linear in map(int, sys.argv[1:]):
     print(groups(("gla",) * linear + (None,) * (30 - linear)))

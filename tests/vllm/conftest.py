@@ -77,7 +77,8 @@ Serve = Callable[..., AbstractContextManager[Served]]
 @pytest.fixture(scope="session")
 def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
     """`with serve(model, **options) as served`: saves the Hugging Face model and loads it in vLLM, in this process."""
-    set_num_threads = torch.set_num_threads  # vLLM's CPU worker replaces it
+    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()  # vLLM's CPU worker replaces the former
+    set_num_threads(1)  # tiny models gain nothing from more, and lose much when other processes hold the cores
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         patch.setenv("VLLM_NO_USAGE_STATS", "1")
@@ -106,6 +107,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
 
         yield start
     torch.set_num_threads = set_num_threads
+    set_num_threads(threads)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def model():
 def engine(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hybrid")
     save_hybrid(model, None, folder)
-    with VllmEngine(folder, dtype="float32", max_model_len=1024, kv_cache_gib=0.25) as engine:
+    with VllmEngine(folder, dtype="float32", max_model_len=1024, kv_cache_gib=0.25, threads=1) as engine:
         yield engine
 
 
@@ -85,7 +85,7 @@ def test_requests_that_do_not_fit_are_refused_and_the_engine_lives_on(engine):
 def test_layout_is_measured_from_its_config_alone_and_close_ends_the_process(tmp_path):
     """Also an ordinary backbone, and a second close."""
     tiny_backbone("llama", hidden=192).config.save_pretrained(tmp_path)
-    engine = VllmEngine(tmp_path, load_format="dummy", max_model_len=512, kv_cache_gib=0.25)
+    engine = VllmEngine(tmp_path, load_format="dummy", max_model_len=512, kv_cache_gib=0.25, threads=1)
     assert engine.throughput(Workload(prompt=100, output=4), repeats=2).tokens_per_second > 0
     pid = engine._process.pid
     engine.close()
@@ -101,7 +101,7 @@ def test_a_start_that_fails_says_why_in_one_line(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     log = tmp_path / "vllm.log"
     with pytest.raises(DtrError, match=r"dtr\.forms\[1\] is 'mamba': accepted are null") as failure:
-        VllmEngine(tmp_path, load_format="dummy", max_model_len=512, kv_cache_gib=0.25, log=log)
+        VllmEngine(tmp_path, load_format="dummy", max_model_len=512, kv_cache_gib=0.25, threads=1, log=log)
     assert "\n" not in str(failure.value) and str(log) in str(failure.value)
     assert "Traceback" in log.read_text()
 

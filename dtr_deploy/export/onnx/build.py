@@ -8,6 +8,7 @@ import copy
 import importlib.metadata
 import io
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -68,9 +69,7 @@ def export_onnx(
 
         backbone = load_backbone(str(source))
         model, tokenizer = backbone.model, backbone.tokenizer
-    return export_model(
-        model, tokenizer, out_folder, precision, execution_provider, last_logits_only=last_logits_only
-    )
+    return export_model(model, tokenizer, out_folder, precision, execution_provider, last_logits_only=last_logits_only)
 
 
 def export_model(
@@ -148,7 +147,8 @@ def check_genai() -> None:
             found = importlib.metadata.version(name)
             if found != GENAI_VERSION:
                 raise UsageError(
-                    f"{name} {found} is installed; ONNX export needs {GENAI_VERSION}: pip install {name}=={GENAI_VERSION}"
+                    f"{name} {found} is installed, ONNX export needs {GENAI_VERSION}: "
+                    f"pip install {name}=={GENAI_VERSION}"
                 )
             return
     raise UsageError(f"ONNX export needs onnxruntime-genai: pip install onnxruntime-genai=={GENAI_VERSION}")
@@ -193,6 +193,12 @@ def _whole_folder(out: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The builders report every layer on stdout and every tensor on stderr; errors come as exceptions all the same."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
+    """The builders report every layer, tensor and quantized node; errors come as exceptions all the same."""
+    quantizer = logging.getLogger("onnxruntime.quantization")
+    level = quantizer.level
+    quantizer.setLevel(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        quantizer.setLevel(level)

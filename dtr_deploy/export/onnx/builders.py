@@ -6,7 +6,7 @@ The builders' API moves between releases, so `build.py` checks the version befor
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 from onnxruntime_genai.models.builders.llama import LlamaModel
@@ -15,11 +15,16 @@ from onnxruntime_genai.models.builders.qwen import Qwen3Model, QwenModel
 from dtr_deploy.export.onnx.graph import Graph
 from dtr_deploy.export.onnx.mixer import Shared, make_mixer, make_shared
 
+if TYPE_CHECKING:
+    from onnxruntime_genai.models.builders.base import Model as Base
+else:
+    Base = object
+
 # RMSNormalization and Attention came with opset 23.
 OPSET = 23
 
 
-class HybridBuilder:
+class HybridBuilder(Base):
     """Mixin over a builder. `model` (in memory) and `window` are given; everything else is the base's.
 
     In a hybrid the states of layer N are `past.N.recurrent` [batch, Hkv, D, D] and `past.N.conv`, float32; the latter

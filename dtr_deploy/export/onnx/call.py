@@ -128,13 +128,17 @@ def make_blocks(graph: Graph, call: Call, window: int) -> Blocks:
     query, key = count(size, "query", "block_size"), count(near, "key", "block_keys")
     row_of_block = node("Div", [block, blocks], "row_of_block", ["batch_size*blocks"])
     row_pair = first(row_of_block, [1, 2], "row_of_block", ["batch_size*blocks", 1, 1])
-    begin = node("Mul", [node("Mod", [block, blocks], "begin", ["batch_size*blocks"]), size], "begin", ["batch_size*blocks"])
+    begin = node(
+        "Mul", [node("Mod", [block, blocks], "begin", ["batch_size*blocks"]), size], "begin", ["batch_size*blocks"]
+    )
     begin = node("Unsqueeze", [begin, int64([1])], "begin", ["batch_size*blocks", 1])
 
     key_rows = node("Add", [begin, key], "key_rows", keys_of_block)
     clipped = node("Min", [key_rows, last_row], "keys", keys_of_block)
     keys = node("Add", [second(clipped, "keys", keys_of_block), row_pair], "keys", [*keys_of_block, 2])
-    clipped = node("Min", [node("Add", [begin, query], "query_rows", queries_of_block), last], "queries", queries_of_block)
+    clipped = node(
+        "Min", [node("Add", [begin, query], "query_rows", queries_of_block), last], "queries", queries_of_block
+    )
     queries = node("Add", [second(clipped, "queries", queries_of_block), row_pair], "queries", [*queries_of_block, 2])
 
     in_row = node("Div", [call.offsets, size], "block_of_token", ["sequence_length"])
@@ -142,7 +146,9 @@ def make_blocks(graph: Graph, call: Call, window: int) -> Blocks:
     before_row = node("Unsqueeze", [before_row, int64([1])], "row", ["batch_size", 1])
     of_token = node("Add", [before_row, in_row], "block_of_token", LEAD)
     of_token = first(of_token, [2], "block_of_token", [*LEAD, 1])
-    in_block = second(node("Mod", [call.offsets, size], "query_of_token", ["sequence_length"]), "tokens", ["sequence_length"])
+    in_block = second(
+        node("Mod", [call.offsets, size], "query_of_token", ["sequence_length"]), "tokens", ["sequence_length"]
+    )
     tokens = node("Add", [of_token, in_block], "tokens", [*LEAD, 2])
 
     ages = graph.initializer(torch.arange(window), "model.window.rows", INT64)

@@ -87,5 +87,5 @@ class Graph:
 
 
 def parameter_name(node_name: str) -> str:
-    """"/model/layers.3/attn/decay" -> "model.layers.3.attn.decay", the builders' way of naming a node's weights."""
+    """ "/model/layers.3/attn/decay" -> "model.layers.3.attn.decay", the builders' way of naming a node's weights."""
     return node_name[1:].replace("/", ".")

@@ -1,7 +1,7 @@
 """One linear layer's mixer as nodes: projections, QK-norm, rotary embedding, form, window branch, read-out, mix.
 
-    hidden -> qkv_proj -> [q | k], v -> QK-norm -> rotary -+-> form's operands -> LinearAttention -> RMS norm -+-> o_proj
-                                                           +-> window attention ------------------------------+
+hidden -> qkv_proj -> [q | k], v -> QK-norm -> rotary -+-> form's operands -> LinearAttention -> RMS norm -+-> o_proj
+                                                       +-> window attention ------------------------------+
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from dtr_kernels.forms.base import NORM_EPS
 from torch import Tensor
 
 from dtr_deploy.export.onnx.call import LEAD, Blocks, Call, make_blocks, make_call, make_masked_biases
@@ -17,6 +16,7 @@ from dtr_deploy.export.onnx.forms import EMITTERS
 from dtr_deploy.export.onnx.forms.base import HeadLayout
 from dtr_deploy.export.onnx.graph import FLOAT, Graph, parameter_name
 from dtr_deploy.export.onnx.window import make_window_attention
+from dtr_kernels.forms.base import NORM_EPS
 
 # The share of the window is divided out of the linear branch (see `branch_gains`): it must not be 0.
 SMALLEST_SHARE = 1e-6
@@ -38,7 +38,7 @@ class MixerWithOutput:
 
 
 def branch_gains(form: Any) -> tuple[Tensor, Tensor | None]:
-    """Per-head gains so that the mix needs one addition: f window + (1-f) norm(linear) gain = f (window + norm(linear) gain').
+    """Gains so that the mix needs one addition: f window + (1-f) norm(linear) gain = f (window + norm(linear) gain').
 
     Returns gain' = gain (1-f)/f, [Hq,D], and f, [Hq], which goes into o_proj's columns: a quantization block lies
     within one head, so quantization is not changed by it. Without a window: gain and None.
@@ -66,9 +66,7 @@ def make_shared(graph: Graph, forms: Mapping[int, Any], window: int) -> Shared:
     wanted = {layer: EMITTERS[form.name].shared_bias(form) for layer, form in forms.items()}
     biases = {layer: bias for layer, bias in wanted.items() if bias is not None}
     names = make_masked_biases(graph, call, list(biases.values()), "gates") if biases else []
-    return Shared(
-        call, make_blocks(graph, call, window) if window else None, dict(zip(biases, names, strict=True))
-    )
+    return Shared(call, make_blocks(graph, call, window) if window else None, dict(zip(biases, names, strict=True)))
 
 
 def make_mixer(
@@ -184,7 +182,10 @@ def _qk_norm(builder: Any, graph: Graph, at: str, mixer: Any, queries_keys: str,
         return queries_keys
     count, dim = heads.q_heads + heads.kv_heads, heads.head_dim
     weight = torch.cat(
-        [mixer.q_norm.weight.detach().expand(heads.q_heads, dim), mixer.k_norm.weight.detach().expand(heads.kv_heads, dim)]
+        [
+            mixer.q_norm.weight.detach().expand(heads.q_heads, dim),
+            mixer.k_norm.weight.detach().expand(heads.kv_heads, dim),
+        ]
     )
     scale = graph.initializer(weight, f"{parameter_name(at)}.qk_norm.weight", builder.io_dtype)
     by_head = graph.reshape(
@@ -199,9 +200,7 @@ def _qk_norm(builder: Any, graph: Graph, at: str, mixer: Any, queries_keys: str,
         axis=-1,
         epsilon=builder.layernorm_attrs["epsilon"],
     )
-    return graph.reshape(
-        normed, [0, 0, count * dim], f"{at}/qk_norm/Reshape_1", builder.io_dtype, [*LEAD, count * dim]
-    )
+    return graph.reshape(normed, [0, 0, count * dim], f"{at}/qk_norm/Reshape_1", builder.io_dtype, [*LEAD, count * dim])
 
 
 def _read_out(graph: Graph, at: str, out: str, gain: Tensor, heads: HeadLayout) -> str:

@@ -40,7 +40,7 @@ def make_window_attention(
     )
     near = graph.node("GatherND", [rows, blocks.keys], f"{at}/near/GatherND", FLOAT, [*by_block, 2 * kv_size])
     keys, values = graph.split(near, [kv_size, kv_size], f"{at}/near/Split", FLOAT, by_block)
-    query_shape = ["batch_size*blocks", "block_size", q_size]
+    query_shape: Shape = ["batch_size*blocks", "block_size", q_size]
     queries = graph.node("GatherND", [q, blocks.queries], f"{at}/q/GatherND", FLOAT, query_shape)
     out = graph.node(
         "Attention",

@@ -86,7 +86,7 @@ class FormEmitter:
         return None
 
     def operands(self, queries_keys: str, hidden: str, call: Call) -> OperandNames:
-        """queries_keys: [B,T,(Hq+Hkv)*D], q heads then k heads after QK-norm and rotary embedding; hidden [B,T,hidden]."""
+        """queries_keys [B,T,(Hq+Hkv)*D]: q heads, then k heads, normalised and rotated. hidden [B,T,hidden]."""
         raise NotImplementedError
 
     def split_heads(self, heads_4d: str) -> tuple[str, str]:

@@ -3,11 +3,11 @@
 from typing import Any, ClassVar
 
 import torch
-from dtr_kernels.forms.gated_deltanet import L2_EPS
 
 from dtr_deploy.export.onnx.call import Call
 from dtr_deploy.export.onnx.forms.base import FormEmitter, OperandNames
 from dtr_deploy.export.onnx.graph import FLOAT, parameter_name
+from dtr_kernels.forms.gated_deltanet import L2_EPS
 
 
 class GatedDeltaNetEmitter(FormEmitter):

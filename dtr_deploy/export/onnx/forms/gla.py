@@ -2,11 +2,10 @@
 
 from typing import ClassVar
 
-from dtr_kernels.forms.gla import DECAY_TEMPERATURE
-
 from dtr_deploy.export.onnx.call import Call
 from dtr_deploy.export.onnx.forms.base import FormEmitter, OperandNames
-from dtr_deploy.export.onnx.graph import FLOAT, parameter_name
+from dtr_deploy.export.onnx.graph import FLOAT, Shape, parameter_name
+from dtr_kernels.forms.gla import DECAY_TEMPERATURE
 
 
 class GatedLinearAttentionEmitter(FormEmitter):
@@ -15,7 +14,7 @@ class GatedLinearAttentionEmitter(FormEmitter):
     def operands(self, queries_keys: str, hidden: str, call: Call) -> OperandNames:
         graph, form, at = self.graph, self.form, self.at
         kv_size = self.heads.kv_heads * self.heads.head_dim
-        shape = ["batch_size", "sequence_length", kv_size]
+        shape: Shape = ["batch_size", "sequence_length", kv_size]
         q, k = self.split_heads(self.by_head(queries_keys))
 
         # logsigmoid(x) = -softplus(-x): the sign of x goes into the weights. At padding the addend makes the decay 0
