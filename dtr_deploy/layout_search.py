@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from dtr_deploy.engines.base import Workload
+from dtr_deploy.hybrid.mixer import form_config
 from dtr_deploy.progress import CountingBar, Progress
 from dtr_deploy.recipe import Recipe
 from dtr_deploy.run_dir import stage_key, versions
@@ -16,10 +20,13 @@ from dtr_deploy.search.problem import Limits
 from dtr_deploy.search.result import SearchResult
 from dtr_deploy.search.run import search_layout
 from dtr_deploy.search.scorer import ModelEvaluator, Scorer, models_hash
-from dtr_deploy.serving import engines_open_at_once, layout_opener
+from dtr_deploy.serving import VLLM_DTYPE, engines_open_at_once, layout_opener
 from dtr_deploy.tasks.divergence import Divergence
 from dtr_deploy.tasks.needle import Needle
+from dtr_deploy.throughput.cost_model import GroupCount
 from dtr_deploy.throughput.measure import CalibratedCost, ThroughputMeter, calibrate
+from dtr_deploy.throughput.vllm_groups import vllm_group_count
+from dtr_kernels.forms import make_form
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,7 +93,7 @@ def recall_screen(recipe: Recipe, backbone: Backbone) -> list[Needle]:
             backbone.tokenizer,
             lengths=(screen.recall_length,),
             items=screen.recall_items,
-            seed=recipe.seed,
+            seed=recipe.seed + 1,  # other numbers and depths than the recipe's own recall task
         )
     ]
 
@@ -116,9 +123,19 @@ def throughput_curve(
     )
     # One layer always keeps full attention: engines count a sequence's tokens by it.
     most = min(len(layers), backbone.layers - 1)
-    cost = calibrate(meter, backbone.layers, {str(form): most for form in recipe.forms})
+    groups = _cache_groups(recipe, backbone, workload) if target.engine == "vllm" else None
+    cost = calibrate(meter, backbone.layers, {str(form): most for form in recipe.forms}, groups=groups)
     meter.progress = None  # what is measured later belongs to the search's own bar
     return cost
+
+
+def _cache_groups(recipe: Recipe, backbone: Backbone, workload: Workload) -> GroupCount | None:
+    """vLLM's costs are not a sum over layers: each group of its cache costs a metadata build a step."""
+    sizes = form_config(backbone.model.config, recipe.window)
+    dtype = getattr(torch, VLLM_DTYPE[recipe.target.precision])
+    specs = [make_form(form, sizes).state_spec(dtype).values() for form in recipe.forms]
+    state_bytes = max(sum(math.prod(part.shape) * part.dtype.itemsize for part in spec) for spec in specs)
+    return vllm_group_count(sizes.num_kv_heads, sizes.head_dim, state_bytes, workload.prompt + workload.output)
 
 
 def _tell(cost: CalibratedCost, progress: Progress) -> None:

@@ -149,6 +149,7 @@ class Build:
                 batch_size=recipe.distill.batch_size,
                 learning_rate=recipe.distill.learning_rate,
                 form_learning_rate=recipe.distill.form_learning_rate,
+                precision=recipe.distill.precision,
                 seed=recipe.seed,
             )
             with CountingBar(self.progress, "distill") as report:

@@ -65,7 +65,8 @@ class Distill(_Section):
     """Stage 1. `tokens` counts corpus tokens; every chosen layer and form trains on all of them.
 
     learning_rate is that of the inherited projections, form_learning_rate that of a form's own parameters. held_out:
-    sequences that no twin trains on; errors, screening and parity prompts come from them.
+    sequences that no twin trains on; errors, screening and parity prompts come from them. precision: of the large
+    products, `auto` is bfloat16 where the processor multiplies it natively.
     """
 
     tokens: Positive = 100_000
@@ -73,6 +74,7 @@ class Distill(_Section):
     batch_size: Positive = 4
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     form_learning_rate: Annotated[float, Field(gt=0)] = 1e-2
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     held_out: Positive = 24
     layers: Annotated[Layers, BeforeValidator(_read_layers)] = Layers()
 

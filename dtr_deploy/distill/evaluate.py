@@ -39,7 +39,7 @@ class TwinReport:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TwinReport":
-        parts = {k: Closeness(**v) if isinstance(v, dict) else v for k, v in values.items()}
+        parts: dict[str, Any] = {k: Closeness(**v) if isinstance(v, dict) else v for k, v in values.items()}
         return cls(**parts)
 
 

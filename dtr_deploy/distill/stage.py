@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from torch import Tensor
 
 from dtr_deploy.distill.calibrate import teacher_statistics
 from dtr_deploy.distill.evaluate import Running, TwinReport, window_only
-from dtr_deploy.distill.teacher import attention_activations
-from dtr_deploy.hybrid.mixer import HybridMixer, copy_projections
+from dtr_deploy.distill.teacher import Activations, attention_activations
+from dtr_deploy.errors import UsageError
+from dtr_deploy.hybrid.mixer import HybridMixer, own_parameters
 
 Progress = Callable[[int, int, str], None]
 
@@ -29,7 +31,12 @@ Progress = Callable[[int, int, str], None]
 @dataclass(frozen=True)
 class DistillSettings:
     """tokens: budget of training tokens; batch_size: sequences a step; learning_rate: of inherited projections;
-    form_learning_rate: of a form's own parameters; checkpoint_seconds: how much a kill may cost."""
+    form_learning_rate: of a form's own parameters; checkpoint_seconds: how much a kill may cost.
+
+    precision: of the products with large projections, in the teacher and in twins: "float32", "bfloat16" (through
+    autocast; weights, optimiser, states and losses stay float32) or "auto", which is bfloat16 where the processor
+    multiplies it natively. Errors are always reported in float32.
+    """
 
     tokens: int = 100_000
     batch_size: int = 4
@@ -39,6 +46,7 @@ class DistillSettings:
     clip_norm: float = 1.0
     seed: int = 0
     checkpoint_seconds: float = 60.0
+    precision: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -102,10 +110,13 @@ def distill(
         _calibrate(backbone, sequences[:4], layers, trainers)
     order = _batches(len(sequences), settings.batch_size, steps, settings.seed)
     saved_at = time.monotonic()
+    device = sequences.device.type
+    mixed = torch.autocast(device, torch.bfloat16, enabled=_multiplies_in_bfloat16(settings.precision, device))
     for step in range(done, steps):
-        activations = attention_activations(backbone, sequences[order[step]], layers)
+        with mixed:
+            activations = attention_activations(backbone, sequences[order[step]], layers)
         errors = [
-            trainer.step(step, steps, activations.inputs[layer], activations.outputs[layer], activations)
+            trainer.step(step, steps, activations.inputs[layer], activations.outputs[layer].float(), activations, mixed)
             for (layer, _), trainer in trainers.items()
         ]
         if time.monotonic() - saved_at > settings.checkpoint_seconds and step + 1 < steps:
@@ -136,7 +147,7 @@ class _Trainer:
         self.mixer = HybridMixer(teacher, backbone.config, form, window, layer)
         self.teacher = HybridMixer(teacher, backbone.config, form, window, layer)
         self.teacher.form.load_state_dict(self.mixer.form.state_dict())
-        copy_projections(self.mixer)
+        own_parameters(self.mixer)
         self.mixer.requires_grad_(True)
         self.settings = settings
         inherited = [p for n, p in self.mixer.named_parameters() if not n.startswith("form.")]
@@ -146,13 +157,22 @@ class _Trainer:
             [{"params": params, "lr": rate} for params, rate in self.groups], weight_decay=0.0, fused=True
         )
 
-    def step(self, step: int, steps: int, hidden: Tensor, target: Tensor, activations: Any) -> float:
+    def step(
+        self,
+        step: int,
+        steps: int,
+        hidden: Tensor,
+        target: Tensor,
+        activations: Activations,
+        mixed: AbstractContextManager[Any],
+    ) -> float:
         """One update; returns the relative error before it."""
         schedule = min(1.0, (step + 1) / self.settings.warmup_steps) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group, (_, rate) in zip(self.optimizer.param_groups, self.groups, strict=True):
             group["lr"] = rate * max(schedule, 1e-3)
-        out, _ = self.mixer(hidden, activations.position_embeddings)
-        loss = (out - target).square().sum() / target.square().sum()
+        with mixed:
+            out, _ = self.mixer(hidden, activations.position_embeddings)
+        loss = (out.float() - target).square().sum() / target.square().sum()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.mixer.parameters(), self.settings.clip_norm)
@@ -180,7 +200,7 @@ class _Trainer:
 
 
 class _HalfWay:
-    """The one file that holds a run between two steps. Replaced as a whole, so that a kill leaves the old or the new."""
+    """The one file that holds a run between two steps. Replaced as a whole: a kill leaves the old or the new."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -209,6 +229,16 @@ class _HalfWay:
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
+
+
+def _multiplies_in_bfloat16(precision: str, device: str) -> bool:
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise UsageError(f"distill.precision {precision!r}: accepted are auto, float32, bfloat16")
+    if precision != "auto":
+        return precision == "bfloat16"
+    if device == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def _batches(count: int, batch_size: int, steps: int, seed: int) -> list[Tensor]:

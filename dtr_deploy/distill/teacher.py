@@ -1,7 +1,7 @@
 """What the teacher's attention layers see and answer, layer by layer, from one forward pass."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,9 +54,6 @@ def _recorded(model: Any, layers: list[int], store: dict[str, Any]) -> Iterator[
 def attention_activations(model: Any, tokens: Tensor, layers: list[int]) -> Activations:
     """Run the teacher on tokens [B,T] up to the last of `layers` and return what their attention saw and answered."""
     store: dict[str, Any] = {"inputs": {}, "outputs": {}}
-    with _recorded(model, layers, store):
-        try:
-            model.model(input_ids=tokens, use_cache=False)
-        except _Done:
-            pass
+    with _recorded(model, layers, store), suppress(_Done):
+        model.model(input_ids=tokens, use_cache=False)
     return Activations(store["inputs"], store["outputs"], store["position_embeddings"])

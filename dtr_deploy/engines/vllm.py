@@ -65,7 +65,8 @@ class VllmEngine:
         max_num_batched_tokens: tokens per step, so the size of a prefill chunk. The default is that of `vllm serve`.
         kv_cache_gib: memory for KV and state pages on a CPU. On a GPU vLLM takes what it finds free.
         enforce_eager: do without torch.compile and CUDA graphs; None decides by the device (see docs/serving-vllm.md).
-        threads: CPU threads; None takes OMP_NUM_THREADS, else all cores this process may use.
+        threads: CPU threads that compute; None takes OMP_NUM_THREADS, else all cores this process may use but one,
+            as vLLM does when it serves (one is its scheduler's).
         log: file for everything vLLM prints; kept. None uses a temporary file that is removed when all went well.
 
     Raises:
@@ -226,7 +227,7 @@ def _spawn(log: Path, threads: int | None) -> subprocess.Popen[bytes]:
     environment = dict(os.environ)
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
-    environment.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) - 1)))
     environment.setdefault("VLLM_NO_USAGE_STATS", "1")
     with log.open("wb") as out:
         return subprocess.Popen(

@@ -33,7 +33,9 @@ class HybridConfigMixin:
         if len(forms) != layers or len(types) != layers:
             raise UsageError(f"config.json: dtr.forms and layer_types need {layers} entries, one a layer")
         if list(types) != layer_types(forms):
-            raise UsageError(f"config.json: layer_types has to be {LINEAR!r} where dtr.forms names a form, else {FULL!r}")
+            raise UsageError(
+                f"config.json: layer_types has to be {LINEAR!r} where dtr.forms names a form, else {FULL!r}"
+            )
         if all(form is not None for form in forms):
             raise UsageError("config.json: dtr.forms replaces every layer: at least one has to keep full attention")
         if dtr.get("state_dtype") not in STATE_DTYPES:
@@ -106,8 +108,6 @@ def hybrid_config(backbone: PreTrainedConfig, layout: Layout, window: int, state
     if len(layout) != backbone.num_hidden_layers:
         raise UsageError(f"layout has {len(layout)} entries, the model has {backbone.num_hidden_layers} layers")
     dtr = {"version": DTR_VERSION, "forms": list(layout), "window": window, "state_dtype": state_dtype}
-    config = FAMILIES[family](
-        **values, layer_types=layer_types(layout), dtr=dtr, architectures=[architecture(family)]
-    )
+    config = FAMILIES[family](**values, layer_types=layer_types(layout), dtr=dtr, architectures=[architecture(family)])
     config.check_dtr()  # type: ignore[attr-defined]
     return config

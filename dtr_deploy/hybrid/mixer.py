@@ -4,6 +4,8 @@ It owns what the teacher had (projections with their biases, QK-norm, rotary emb
 name by name, and a form that does the rest.
 """
 
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -48,7 +50,8 @@ class HybridMixer(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
             getattr(teacher, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")
         )
-        self.q_norm, self.k_norm = getattr(teacher, "q_norm", None), getattr(teacher, "k_norm", None)
+        self.q_norm: nn.Module | None = getattr(teacher, "q_norm", None)
+        self.k_norm: nn.Module | None = getattr(teacher, "k_norm", None)
         self.form = make_form(form, self.sizes)
         # Which implementation of the operator computes; "reference" is the token loop in float64. Parity sets it.
         self.backend = "auto"
@@ -60,7 +63,7 @@ class HybridMixer(nn.Module):
         q = self.q_proj(hidden_states).unflatten(-1, (c.num_heads, c.head_dim))
         k = self.k_proj(hidden_states).unflatten(-1, (c.num_kv_heads, c.head_dim))
         v = self.v_proj(hidden_states).unflatten(-1, (c.num_kv_heads, c.head_dim))
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
         return q, k, v
@@ -73,11 +76,19 @@ class HybridMixer(nn.Module):
         past_key_values: Cache | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """hidden_states [B,T,hidden]; attention_mask [B,T] (1 = token, 0 = padding) or None; -> ([B,T,hidden], None)."""
+        """hidden_states [B,T,hidden]; attention_mask [B,T], 1 = token, or None; -> ([B,T,hidden], None)."""
         q, k, v = self.project(hidden_states, position_embeddings)
         states = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         mask = None if attention_mask is None else attention_mask.bool()
+        # Autocast is for the large projections: decays, states and norms stay in float32.
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            out = self._attend(q, k, v, hidden_states, states, mask)
+        return self.o_proj(out.to(hidden_states.dtype)), None
 
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor, states: Any, mask: Tensor | None
+    ) -> Tensor:
+        """Linear branch, window branch and their mix, [B,T,Hq*D] float32; reads and writes the cache layer `states`."""
         op = self.form.operands(q, k, v, hidden_states)
         if mask is not None:
             op = _masked(op, mask)
@@ -109,8 +120,7 @@ class HybridMixer(nn.Module):
             )
         if states is not None:
             _store(states, recurrent, window)
-        out = self.form.mix(out, window_out).flatten(-2)
-        return self.o_proj(out.to(hidden_states.dtype)), None
+        return self.form.mix(out, window_out).flatten(-2)
 
 
 def _masked(op: Any, mask: Tensor) -> Any:
@@ -132,16 +142,18 @@ def _store(states: Any, recurrent: Tensor, window: Tensor | None) -> None:
         states.has_previous_state[WINDOW] = True
 
 
-@torch.no_grad()
-def copy_projections(mixer: HybridMixer) -> None:
-    """Give the mixer its own copy of what it shares with its teacher, so that it can be trained."""
+def own_parameters(mixer: HybridMixer, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Give the mixer projections and norms of its own in place of those it shares with its teacher.
+
+    weights: by name as in `mixer.state_dict()`, used as they are; None copies the teacher's.
+    """
     for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"):
         shared = getattr(mixer, name)
         if shared is None:
             continue
-        own = type(shared).__new__(type(shared))
-        own.__dict__.update(shared.__dict__)
+        own = copy.copy(shared)
         own._parameters = {
-            key: None if p is None else nn.Parameter(p.detach().clone()) for key, p in shared._parameters.items()
+            key: None if p is None else nn.Parameter(weights[f"{name}.{key}"] if weights else p.detach().clone())
+            for key, p in shared._parameters.items()
         }
         setattr(mixer, name, own)

@@ -4,7 +4,6 @@ Importing this module makes `AutoModelForCausalLM` load hybrid checkpoints. `gen
 `LinearAttentionLayer`), padding and batches work as for any model; nothing needs `trust_remote_code`.
 """
 
-import gc
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +38,7 @@ from dtr_deploy.hybrid.config import (
     register_configs,
 )
 from dtr_deploy.hybrid.layout import FULL, LINEAR, Layout
-from dtr_deploy.hybrid.mixer import HybridMixer
+from dtr_deploy.hybrid.mixer import HybridMixer, own_parameters
 
 Twins = Mapping[tuple[int, str], Mapping[str, Tensor]]
 
@@ -49,7 +48,7 @@ class HybridModelMixin:
 
     def __init__(self, config: Any) -> None:
         config.check_dtr()
-        super().__init__(config)
+        super().__init__(config)  # type: ignore[call-arg]
         for i, form in enumerate(config.forms):
             if form is not None:
                 layer = self.layers[i]  # type: ignore[attr-defined]
@@ -125,7 +124,7 @@ class HybridForCausalLMMixin:
     stack: ClassVar[type]
 
     def __init__(self, config: Any) -> None:
-        super().__init__(config)
+        super().__init__(config)  # type: ignore[call-arg]
         this: Any = self
         this.model = self.stack(config)
         this.post_init()
@@ -203,17 +202,8 @@ def make_twin(
         if (layer, form) not in twins:
             raise UsageError(f"no distilled twin for layer {layer}, form {form!r}")
         weights = twins[layer, form]
-        with torch.no_grad():
-            for name in {key.rsplit(".", 1)[0] for key in weights if not key.startswith("form.")}:
-                shared = mixer.get_submodule(name)
-                own = type(shared).__new__(type(shared))
-                own.__dict__.update(shared.__dict__)
-                own._parameters = {
-                    key: None if p is None else torch.nn.Parameter(weights[f"{name}.{key}"], requires_grad=False)
-                    for key, p in shared._parameters.items()
-                }
-                setattr(mixer, name, own)
-            mixer.form.load_state_dict({k.removeprefix("form."): w for k, w in weights.items() if k.startswith("form.")})
+        own_parameters(mixer, weights)
+        mixer.form.load_state_dict({k.removeprefix("form."): w for k, w in weights.items() if k.startswith("form.")})
     return mixer.requires_grad_(False)
 
 
@@ -232,7 +222,6 @@ def load_hybrid(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple
         raise UsageError(f"{folder}: no config.json; expected a folder written by dtr-deploy")
     if "dtr" not in json.loads(config.read_text()):
         raise UsageError(f"{config}: no key 'dtr'; expected a hybrid checkpoint")
-    gc.collect()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     return model, AutoTokenizer.from_pretrained(folder) if has_tokenizer else None

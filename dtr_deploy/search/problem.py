@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from dtr_deploy.hybrid.layout import Layout, full, swap
 from dtr_deploy.search.ledger import Ledger, Status
 from dtr_deploy.search.objective import LayoutScore, Loss, Objective, Screening, Visit
+from dtr_deploy.tasks.base import Split
 
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, message); `total` is an estimate that may grow."""
@@ -38,17 +39,26 @@ def apply(layout: Layout, changes: Iterable[Candidate]) -> Layout:
 class LayoutScorer(Protocol):
     """Scores layouts and remembers. `spent_*`: of all trials this object returned, remembered ones included."""
 
-    layers: int
-    candidates: Sequence[Candidate]
-    spent_seconds: float
-    spent_trials: int
-    spent_layer_forwards: int
+    @property
+    def layers(self) -> int: ...
 
-    def score(self, layout: Layout, split: str = "search") -> LayoutScore: ...
+    @property
+    def candidates(self) -> Sequence[Candidate]: ...
+
+    @property
+    def spent_seconds(self) -> float: ...
+
+    @property
+    def spent_trials(self) -> int: ...
+
+    @property
+    def spent_layer_forwards(self) -> int: ...
+
+    def score(self, layout: Layout, split: Split = "search") -> LayoutScore: ...
 
     def screen(self, layout: Layout) -> Screening: ...
 
-    def decide(self, layout: Layout, status: Status, split: str = "search") -> None:
+    def decide(self, layout: Layout, status: Status, split: Split = "search") -> None:
         """Note in the ledger what became of a scored layout."""
         ...
 

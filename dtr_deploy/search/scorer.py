@@ -33,10 +33,17 @@ SCORE, SCREEN = "score", "screen"
 class Evaluator(Protocol):
     """Computes scores. `layer_forwards` grows with the work done; `fingerprint` tells one evaluator from another."""
 
-    layers: int
-    candidates: Sequence[Candidate]
-    weights: tuple[float, ...]
-    layer_forwards: int
+    @property
+    def layers(self) -> int: ...
+
+    @property
+    def candidates(self) -> Sequence[Candidate]: ...
+
+    @property
+    def weights(self) -> tuple[float, ...]: ...
+
+    @property
+    def layer_forwards(self) -> int: ...
 
     def score(self, layout: Layout, split: Split) -> Sequence[TaskScore]: ...
 

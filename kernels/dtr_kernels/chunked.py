@@ -34,6 +34,7 @@ def linear_attention_chunked(
     """The operator over T tokens; shapes as `operator.linear_attention`, differentiable in every operand.
 
     Computes in the dtype of `state` (float32 in use, float64 in tests). Returns out [B,T,Hq,Dv] and the final state.
+    The operands that are given decide what is computed; `rule` says the same.
     """
     dtype = state.dtype
     batch, length, query_heads, key_dim = q.shape
@@ -55,7 +56,7 @@ def linear_attention_chunked(
     # [B,Hkv,N,group,C,Dk]: the query heads of a kv head ride as one more batch dimension.
     queries = split(q).unflatten(1, (kv_heads, group)).movedim(2, 3)
     decay_in = decay_out = decay_all = None
-    if rule in ("gated", "gated_delta"):
+    if log_decay is not None:
         g = split(log_decay)
         per_key = g.ndim == 5
         cumulated = g.cumsum(3)
@@ -69,7 +70,7 @@ def linear_attention_chunked(
     products = _decayed_products(torch.cat([queries, keys.unsqueeze(3)], 3), keys, cumulated, per_key)
     attention = products[:, :, :, :group]
     written, correction = values, None
-    if rule in ("delta", "gated_delta"):
+    if beta is not None:
         strength = split(beta)[..., None]
         system = (products[:, :, :, group] * strength).tril(-1)
         system = system + torch.eye(chunk, dtype=dtype, device=q.device)
@@ -84,11 +85,8 @@ def linear_attention_chunked(
         states.append(state)
         u = written[:, :, n] if correction is None else written[:, :, n] - correction[:, :, n] @ state
         update = keys_out[:, :, n].transpose(-1, -2) @ u
-        if decay_all is None:
-            state = state + update
-        else:
-            # decay_all [B,Hkv,N,Dk or 1]: broadcast over the value dimension
-            state = state * decay_all[:, :, n].unsqueeze(-1) + update
+        # decay_all [B,Hkv,N,Dk or 1]: broadcast over the value dimension
+        state = (state if decay_all is None else state * decay_all[:, :, n].unsqueeze(-1)) + update
     before = torch.stack(states, 2)
     if correction is not None:
         written = written - correction @ before

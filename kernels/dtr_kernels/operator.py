@@ -8,6 +8,7 @@ The definition is that of the ONNX operator LinearAttention (com.microsoft, and 
 State is kept per kv head and shared by its query heads, which is exact because k, v, decay and beta are per kv head.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -73,10 +74,18 @@ def linear_attention(
         raise ValueError(f"cu_seqlens needs a batch of 1, got {q.shape[0]}")
     borders = cu_seqlens.tolist()
     outs, states = [], []
-    for i, (start, stop) in enumerate(zip(borders, borders[1:], strict=False)):
-        cut = [None if x is None else x[:, start:stop] for x in (q, k, v, log_decay, beta)]
+    for i, (start, stop) in enumerate(pairwise(borders)):
+        rows = slice(start, stop)
         out, final = _run(
-            backend, *cut[:3], rule=rule, log_decay=cut[3], beta=cut[4], scale=scale, state=state[i : i + 1]
+            backend,
+            q[:, rows],
+            k[:, rows],
+            v[:, rows],
+            rule=rule,
+            log_decay=None if log_decay is None else log_decay[:, rows],
+            beta=None if beta is None else beta[:, rows],
+            scale=scale,
+            state=state[i : i + 1],
         )
         outs.append(out)
         states.append(final)
@@ -103,7 +112,8 @@ def linear_attention_packed(
         q, k, v: [N,Hq,Dk], [N,Hkv,Dk], [N,Hkv,Dv]: tokens of R sequences one after another.
         log_decay, beta: [N,Hkv] or [N,Hkv,Dk]; [N,Hkv].
         pool: [S,Hkv,Dk,Dv], float32 or bfloat16 (computed in float32). pool[slots[r]] is written.
-        slots: [R] integers, on the pool's device. A slot <= 0 is a null slot: the pool stays as it is, outputs are zero.
+        slots: [R] integers, on the pool's device. A slot <= 0 is a null slot: the pool stays as it is,
+            outputs are zero.
         cu_seqlens: [R+1] integers. has_initial_state: [R] bool; False starts from zeros whatever the slot holds.
             Both are read on the host: pass CPU tensors to avoid a device synchronisation.
 
@@ -112,15 +122,25 @@ def linear_attention_packed(
     """
     out = torch.zeros(*q.shape[:2], v.shape[-1], dtype=torch.float32, device=q.device)
     borders, initial = cu_seqlens.tolist(), has_initial_state.tolist()
-    for r, (start, stop) in enumerate(zip(borders, borders[1:], strict=False)):
+    for r, (start, stop) in enumerate(pairwise(borders)):
         if stop == start:
             continue
         slot = slots[r : r + 1].long()
         live, slot = (slot > 0)[:, None, None, None], slot.clamp_min(0)
         row = pool.index_select(0, slot)
         state = row.float() if initial[r] else torch.zeros_like(row, dtype=torch.float32)
-        cut = [None if x is None else x[None, start:stop] for x in (q, k, v, log_decay, beta)]
-        y, final = _run("auto", *cut[:3], rule=rule, log_decay=cut[3], beta=cut[4], scale=scale, state=state)
+        rows = slice(start, stop)
+        y, final = _run(
+            "auto",
+            q[None, rows],
+            k[None, rows],
+            v[None, rows],
+            rule=rule,
+            log_decay=None if log_decay is None else log_decay[None, rows],
+            beta=None if beta is None else beta[None, rows],
+            scale=scale,
+            state=state,
+        )
         out[start:stop] = torch.where(live[0], y[0], 0.0)
         pool.index_copy_(0, slot, torch.where(live, final.to(pool.dtype), row))
     return out

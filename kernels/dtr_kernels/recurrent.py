@@ -16,14 +16,15 @@ def linear_attention_recurrent(
     state: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """One token. q [R,Hq,Dk], k [R,Hkv,Dk], v [R,Hkv,Dv], log_decay [R,Hkv] or [R,Hkv,Dk], beta [R,Hkv],
-    state [R,Hkv,Dk,Dv]. Returns out [R,Hq,Dv] and the new state, in the dtype of `state`."""
+    state [R,Hkv,Dk,Dv]. Returns out [R,Hq,Dv] and the new state, in the dtype of `state`. The operands that are given
+    decide what is computed; `rule` says the same and is there for the common signature."""
     dtype = state.dtype
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
     k, u = k.to(dtype), v.to(dtype)
-    if rule in ("gated", "gated_delta"):
+    if log_decay is not None:
         decay = log_decay.to(dtype).exp()
         state = state * (decay[..., None, None] if decay.ndim == 2 else decay[..., None])
-    if rule in ("delta", "gated_delta"):
+    if beta is not None:
         u = beta.to(dtype)[..., None] * (u - (k.unsqueeze(-2) @ state).squeeze(-2))
     state = torch.addcmul(state, k.unsqueeze(-1), u.unsqueeze(-2))
     out = (q.to(dtype) * scale).unflatten(1, (kv_heads, group)) @ state

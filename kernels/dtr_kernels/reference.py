@@ -28,10 +28,10 @@ def linear_attention_reference(
     out = []
     for t in range(q.shape[1]):
         k_t, u = k[:, t].to(dtype), v[:, t].to(dtype)
-        if rule in ("gated", "gated_delta"):
+        if log_decay is not None:
             decay = log_decay[:, t].to(dtype).exp()
             state = state * (decay[..., None, None] if decay.ndim == 2 else decay[..., None])
-        if rule in ("delta", "gated_delta"):
+        if beta is not None:
             u = beta[:, t].to(dtype)[..., None] * (u - torch.einsum("bhkv,bhk->bhv", state, k_t))
         state = state + torch.einsum("bhk,bhv->bhkv", k_t, u)
         q_t = q[:, t].to(dtype).unflatten(1, (kv_heads, group))

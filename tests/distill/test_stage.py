@@ -23,8 +23,8 @@ def text(rows=24, length=48):
     return (8 + steps.cumsum(1)) % 512
 
 
-def run(folder, backbone, layers=(0, 1, 2), forms=("gated_deltanet", "gla"), progress=lambda *_: None, settings=SETTINGS):
-    return distill(backbone, text()[4:], text()[:4], forms, layers, 16, settings, folder, progress)
+def run(folder, backbone, layers=(0, 1, 2), forms=("gated_deltanet", "gla"), progress=lambda *_: None):
+    return distill(backbone, text()[4:], text()[:4], forms, layers, 16, SETTINGS, folder, progress)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

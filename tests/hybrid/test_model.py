@@ -1,4 +1,4 @@
-"""The hybrid model: against a float64 loop written from the equations, and against itself only where modes must agree."""
+"""The hybrid model against a float64 loop written from the equations; against itself only where modes must agree."""
 
 import pytest
 import torch

@@ -1,14 +1,17 @@
 """Scores through the cache and the ledger equal those of the whole model, and are computed once."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from dtr_deploy.hybrid.layout import full
 from dtr_deploy.hybrid.model import make_hybrid
+from dtr_deploy.layout_search import recall_screen
+from dtr_deploy.recipe import Screen
 from dtr_deploy.search.ledger import Ledger
 from dtr_deploy.search.scorer import ModelEvaluator, Scorer, models_hash
-from dtr_deploy.search.screening import screening_recall, screening_text
 from dtr_deploy.tasks.divergence import Divergence
 from dtr_deploy.tasks.needle import Needle
 from tests.search.test_forward import LAYERS, WINDOW, make_twins
@@ -37,8 +40,8 @@ def held_out():
 def make_evaluator(backbone, twins, held_out, border_bytes=1 << 30, seed=0) -> ModelEvaluator:
     tokenizer = tiny_tokenizer()
     tasks = [Needle("needle", tokenizer, lengths=(400, 500), items=3, seed=seed, weight=2.0)]
-    recall = screening_recall(tasks, tokenizer, seed=0, max_length=8192, needles=2)
-    return ModelEvaluator(backbone, twins, WINDOW, tasks, screening_text(held_out), recall, "hash", border_bytes)
+    recall = [Needle("recall screen", tokenizer, lengths=(400,), items=2, seed=1)]
+    return ModelEvaluator(backbone, twins, WINDOW, tasks, Divergence(held_out[:4]), recall, "hash", border_bytes)
 
 
 @pytest.mark.parametrize("border_bytes", [0, 2_000_000, 1 << 30])
@@ -109,7 +112,7 @@ def test_tasks_that_generate_get_a_whole_model(backbone, twins, held_out):
             return super().score(model, split, forward_hidden)
 
     task = Generating("needle", tiny_tokenizer(), lengths=(400,), items=2)
-    evaluator = ModelEvaluator(backbone, twins, WINDOW, [task], screening_text(held_out), [], "hash")
+    evaluator = ModelEvaluator(backbone, twins, WINDOW, [task], Divergence(held_out[:4]), [], "hash")
     scorer = Scorer(evaluator, Ledger(":memory:"))
     scorer.score(full(LAYERS))
     scorer.score(LAYOUT)
@@ -117,5 +120,8 @@ def test_tasks_that_generate_get_a_whole_model(backbone, twins, held_out):
 
 
 def test_recall_is_screened_even_if_the_recipe_does_not_score_it():
-    (task,) = screening_recall([], tiny_tokenizer(), seed=0, max_length=600, needles=2)
-    assert isinstance(task, Needle) and task.lengths == (600,)
+    recipe = SimpleNamespace(search=SimpleNamespace(screen=Screen(recall_items=2, recall_length=600)), seed=0)
+    (task,) = recall_screen(recipe, SimpleNamespace(tokenizer=tiny_tokenizer()))
+    assert task.lengths == (600,)
+    scored = Needle("recall", tiny_tokenizer(), lengths=(600,), items=2, seed=0)
+    assert task.fingerprint("search") != scored.fingerprint("search")  # ranked on other prompts than it is scored on

@@ -97,7 +97,7 @@ class Form(nn.Module):
         return out * torch.rsqrt(out.square().mean(-1, keepdim=True) + NORM_EPS) * self.out_gain
 
     def mix(self, linear: Tensor, window: Tensor | None) -> Tensor:
-        """Linear and softmax branch, both [...,Hq,D] -> f window + (1 - f) linear, f = sigmoid(window_gate), float32."""
+        """Branches [...,Hq,D] -> f window + (1 - f) linear with f = sigmoid(window_gate), float32."""
         if window is None:
             return linear
         share = torch.sigmoid(self.window_gate)[:, None]
