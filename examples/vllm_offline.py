@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("prompts", nargs="*", default=PROMPTS, help="one chat each, answered together")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
     parser.add_argument("--max-tokens", type=int, default=64)
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if find_spec("vllm") is None:
         parser.exit(1, "vLLM is not installed: see docs/serving-vllm.md\n")
 

@@ -33,12 +33,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Row = Mapping[str, Any]
-METRICS = ("accuracy",)
+ACCURACY, CALIBRATED = "accuracy", "calibrated_accuracy"
+METRICS = (ACCURACY, CALIBRATED)
 _PROMPT_KEYS = ("template", "label", "answers", "separator")
 
 
 class LabelledFile(RequestTask):
     """Score of an item: 1 if the right label's words are the most likely of all labels' (sum of log-probabilities).
+
+    metric "calibrated_accuracy" first subtracts from each label's log-probability its mean over the split (Batch
+    Calibration, Zhou et al., arXiv 2309.17249), which needs no right answers. A prompt's preference for one label says
+    nothing of what the model knows of an item, yet it moves plain zero-shot accuracy by more than a layer's swap does.
 
     Margin: log-probability of the right label among the labels, nats (a proper scoring rule: minus cross-entropy).
     path: a folder or a .jsonl file, see above. Search and confirm are disjoint halves of validation, each with the
@@ -69,6 +74,7 @@ class LabelledFile(RequestTask):
             raise UsageError(f"task {name!r}: file: no folder or .jsonl file {path}")
         self.prompt_path = self.path / "task.yaml" if self.path.is_dir() else self.path.with_suffix(".yaml")
         self.prompt = _read_prompt(self.prompt_path)
+        self.metric = metric
         self._rng_seed = f"{name}/{seed}"
         self._items = items
         examples, self._rows = self._deal(shots)
@@ -94,13 +100,15 @@ class LabelledFile(RequestTask):
     def interpret(self, split: Split, scores: RequestScores) -> TaskScore:
         """See the class."""
         by_label = scores.log_probs.reshape(-1, len(self.labels))
+        if self.metric == CALIBRATED:
+            by_label = by_label - by_label.mean(0)
         right = np.array([self.labels.index(self._label(row)) for row in self.rows(split)])
         margins = log_softmax(by_label)[np.arange(len(right)), right]
         return TaskScore(self.name, split, (by_label.argmax(1) == right).astype(float), margins)
 
     def meaning(self, split: Split) -> list[str]:
-        """The right labels."""
-        return [self._label(row) for row in self.rows(split)]
+        """The metric and the right labels."""
+        return [self.metric, *(self._label(row) for row in self.rows(split))]
 
     def _deal(self, shots: int) -> tuple[list[Row], dict[str, list[Row]]]:
         """Few-shot examples, and the rows of each split."""

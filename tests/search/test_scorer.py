@@ -67,7 +67,7 @@ def test_screening_equals_the_whole_model(backbone, twins, held_out):
     assert screening.kl == pytest.approx(divergence.score(whole).mean_kl, abs=TOLERANCE)
     assert screening.perplexity == pytest.approx(divergence.perplexity(whole), rel=TOLERANCE)
     assert screening.recall == {
-        "recall": pytest.approx(evaluator.recall[0].score(whole, "search").mean_margin, abs=TOLERANCE)
+        "recall screen": pytest.approx(evaluator.recall[0].score(whole, "search").mean_margin, abs=TOLERANCE)
     }
     assert evaluator.screen(full(LAYERS)).kl == pytest.approx(0.0, abs=1e-6)
 

@@ -11,6 +11,7 @@ from dtr_deploy.errors import UsageError
 from dtr_deploy.tasks.base import SPLITS
 from dtr_deploy.tasks.local_file import LabelledFile
 from dtr_deploy.tasks.requests import Request
+from dtr_deploy.tasks.scoring import RequestScores
 from tests.tasks.reference import TOLERANCE, sums
 from tests.tiny import tiny_backbone, tiny_hybrid, tiny_tokenizer
 
@@ -156,3 +157,17 @@ def test_bad_options_are_named(folder: Path, tmp_path: Path) -> None:
     (folder / "task.yaml").write_text('template: "{title}"\n')
     with pytest.raises(UsageError, match=r"template: 'title' cannot be filled; a row has id, text, label"):
         LabelledFile("films", tiny_tokenizer(), folder).requests("search")
+
+
+def test_calibrated_accuracy_does_not_see_a_preference_for_one_label(folder: Path) -> None:
+    plain = LabelledFile("films", tiny_tokenizer(), folder)
+    calibrated = LabelledFile("films", tiny_tokenizer(), folder, metric="calibrated_accuracy")
+    right = np.array([row["label"] == "pos" for row in plain.rows("search")])
+    evidence = np.where(right, 1.0, -1.0) * np.where(np.arange(len(right)) % 5 == 4, -0.5, 1.0)  # every fifth is wrong
+    for preference in (0.0, 3.0):
+        by_label = np.stack([np.zeros_like(evidence), evidence + preference], 1) - 7.0
+        scores = RequestScores(by_label.ravel(), np.zeros(by_label.size, bool), np.ones(by_label.size, int))
+        wanted = ((evidence > evidence.mean()) == right).astype(float)
+        np.testing.assert_array_equal(calibrated.interpret("search", scores).per_item, wanted)
+        assert plain.interpret("search", scores).mean == pytest.approx(wanted.mean() if preference == 0 else right.mean())
+    assert plain.fingerprint("search") != calibrated.fingerprint("search")

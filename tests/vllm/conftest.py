@@ -6,6 +6,7 @@ vLLM's settings for that are process-wide; they hold for the tests of this folde
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -87,6 +88,8 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
         # Starting and stopping an engine collects garbage eight times, which is four fifths of both. The collector
         # still runs by itself.
         patch.setattr(gc, "collect", lambda generation=2: 0)
+        # vLLM looks through every loaded module for kernels to replace and stumbles over an object of numba's there.
+        patch.delitem(sys.modules, "llvmlite.binding.ffi", raising=False)
         import dtr_vllm
 
         dtr_vllm.register()

@@ -90,13 +90,9 @@ def test_unknown_form_is_refused(serve):
         refuse_unsupported(vllm_config(config))
 
 
-def test_an_engine_with_speculative_decoding_does_not_start(serve):
+def test_a_refusal_stops_the_start_of_an_engine(serve):
     model = tiny_hybrid("llama", (None, "gla"), 64, 3, hidden=192)
-    ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
-    with (
-        pytest.raises(ValueError, match="speculative decoding is not supported"),
-        serve(model, speculative_config=ngram),
-    ):
+    with pytest.raises(ValueError, match="LoRA is not supported"), serve(model, enable_lora=True):
         pass
 
 
