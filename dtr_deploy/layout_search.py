@@ -58,6 +58,7 @@ def choose_layout(
         Divergence(held_out[: settings.screen.sequences]),
         recall_screen(recipe, backbone),
         models_hash(backbone.fingerprint, twins, recipe.window),
+        precision=settings.precision,
     )
     with Ledger(ledger_file) as ledger:
         with CountingBar(progress, "throughput curve") as report:

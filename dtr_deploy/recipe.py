@@ -133,7 +133,8 @@ class Search(_Section):
 
     goal: `throughput` replaces while losses stay within bounds and it pays; `score` replaces no more than the target's
     speedup takes; `frontier` replaces as long as there is a candidate and chooses among all layouts seen. max_task_loss
-    bounds every task alone, so that one task's gain cannot pay for another's collapse.
+    bounds every task alone, so that one task's gain cannot pay for another's collapse. precision: of the large products
+    while layouts are scored, `auto` is bfloat16 where the processor multiplies it natively.
     """
 
     strategy: Literal["racing", "exhaustive", "one_shot", "uniform", "random"] = "racing"
@@ -145,6 +146,7 @@ class Search(_Section):
     minutes: Annotated[float, Field(gt=0)] | None = None
     repeats: Positive = 3
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     screen: Screen = Screen()
 
 

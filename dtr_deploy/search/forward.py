@@ -20,6 +20,7 @@ from dtr_deploy.errors import UsageError
 from dtr_deploy.hybrid.config import hybrid_config
 from dtr_deploy.hybrid.layout import Layout
 from dtr_deploy.hybrid.model import Twins, make_twin
+from dtr_deploy.hybrid.precision import products_in
 from dtr_deploy.tasks.scoring import ScoringBatch
 
 
@@ -74,13 +75,20 @@ class PrefixForward:
     stride: hidden states are kept at every `stride`-th border between layers, of the layout that was run last; 0 keeps
     none. A run starts at the last kept border before the first layer that differs. `border_bytes` says what one set
     takes at stride 1. Columns shared by all rows of all batches (few-shot examples) are run once per run, and each
-    layer's cache of them is repeated over a batch's rows for the time of that layer only.
+    layer's cache of them is repeated over a batch's rows for the time of that layer only. products: dtype that linear
+    layers multiply in; hidden states are float32 all the same.
 
     `layer_forwards` counts decoder layers run, each over one sequence.
     """
 
-    def __init__(self, pool: LayerPool, batches: Sequence[ScoringBatch], stride: int = 1) -> None:
-        self.pool, self.batches, self.stride = pool, list(batches), stride
+    def __init__(
+        self,
+        pool: LayerPool,
+        batches: Sequence[ScoringBatch],
+        stride: int = 1,
+        products: torch.dtype = torch.float32,
+    ) -> None:
+        self.pool, self.batches, self.stride, self.products = pool, list(batches), stride, products
         self.layer_forwards = 0
         self._last: Layout | None = None
         self._borders: list[dict[int, Tensor]] = [{} for _ in self.batches]
@@ -103,14 +111,17 @@ class PrefixForward:
         layers = self.pool.choose(layout)
         start = self._first_change(layout)
         self._last = None  # an abandoned run leaves borders of two layouts behind
-        with torch.no_grad():
+        with torch.no_grad(), self._mixed():
             shared = self._run_shared(layout, layers, start)
         for batch, borders in zip(self.batches, self._borders, strict=True):
-            with torch.no_grad():
+            with torch.no_grad(), self._mixed():
                 hidden = self._run_batch(batch, borders, layout, layers, start, shared)
                 hidden = self.pool.backbone.model.norm(hidden)
             yield hidden
         self._last = layout
+
+    def _mixed(self) -> torch.autocast:
+        return products_in(self.products, self.pool.backbone.model.embed_tokens.weight.device.type)
 
     def forget(self) -> None:
         """Free all kept hidden states."""

@@ -16,6 +16,7 @@ import numpy as np
 
 from dtr_deploy.hybrid.layout import Layout, full
 from dtr_deploy.hybrid.model import Twins, make_hybrid
+from dtr_deploy.hybrid.precision import products_dtype
 from dtr_deploy.search.forward import LayerPool, PrefixForward
 from dtr_deploy.search.ledger import Ledger, Status, Trial, TrialKey, TrialResult
 from dtr_deploy.search.objective import LayoutScore, Screening
@@ -141,6 +142,7 @@ class ModelEvaluator:
         models_hash: hash of the backbone's and the twins' weights, for the ledger's keys.
         border_bytes: memory for hidden states between layers, screening first. Where not all fit, only every second,
             third, ... border is kept.
+        precision: of the products of linear layers, see `hybrid.precision`. Log-probabilities are read in float32.
     """
 
     def __init__(
@@ -153,9 +155,11 @@ class ModelEvaluator:
         recall: Sequence[Task],
         models_hash: str,
         border_bytes: int = BORDER_BYTES,
+        precision: str = "float32",
     ) -> None:
         self.backbone, self.tasks, self.divergence, self.recall = backbone, list(tasks), divergence, list(recall)
         self.pool = LayerPool(backbone, twins, window)
+        self.products = products_dtype(precision, backbone.device.type)
         self.layers = len(self.pool.layers)
         self.candidates = sorted(Candidate(layer, form) for layer, form in twins)
         self.weights = tuple(float(task.weight) for task in tasks)
@@ -206,7 +210,7 @@ class ModelEvaluator:
         return self._fingerprints[kind, split]
 
     def _fingerprint(self, kind: str, split: str) -> str:
-        digest = hashlib.sha256(f"{self.models_hash}/{kind}/{split}".encode())
+        digest = hashlib.sha256(f"{self.models_hash}/{kind}/{split}/{self.products}".encode())
         if kind == SCREEN:
             digest.update(self.divergence.fingerprint().encode())
         for task in self.recall if kind == SCREEN else self.tasks:
@@ -225,7 +229,7 @@ class ModelEvaluator:
 
     def _forward(self, name: str, batches: Sequence[ScoringBatch], stride: int) -> PrefixForward:
         if name not in self._forwards:
-            self._forwards[name] = PrefixForward(self.pool, batches, stride)
+            self._forwards[name] = PrefixForward(self.pool, batches, stride, self.products)
         return self._forwards[name]
 
     def _stride(self, needed: int, available: int) -> int:

@@ -72,6 +72,20 @@ def test_screening_equals_the_whole_model(backbone, twins, held_out):
     assert evaluator.screen(full(LAYERS)).kl == pytest.approx(0.0, abs=1e-6)
 
 
+def test_bfloat16_products_keep_float32_hidden_states_and_an_exact_reference(backbone, twins, held_out):
+    def evaluator(precision):
+        return ModelEvaluator(backbone, twins, WINDOW, [], Divergence(held_out[:4]), [], "hash", precision=precision)
+
+    exact, mixed = evaluator("float32"), evaluator("bfloat16")
+    assert exact.fingerprint("screen", "search") != mixed.fingerprint("screen", "search")
+    # The teacher is compared with itself in the same arithmetic, so rounding does not count as divergence.
+    assert mixed.screen(full(LAYERS)).kl == pytest.approx(0.0, abs=1e-6)
+    kl, rounded = exact.screen(LAYOUT).kl, mixed.screen(LAYOUT).kl
+    assert rounded != kl and rounded == pytest.approx(kl, rel=0.1)  # bfloat16 keeps 8 bits of each product's factors
+    hidden = next(mixed._forward("screen/divergence", [], 0).hidden(LAYOUT))
+    assert hidden.dtype == torch.float32
+
+
 def test_a_trial_is_computed_once_and_every_copy_is_equal(backbone, twins, held_out, tmp_path):
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         first = Scorer(make_evaluator(backbone, twins, held_out), ledger)
