@@ -44,7 +44,8 @@ def test_logits_in_blocks_are_the_same(hybrid, monkeypatch: pytest.MonkeyPatch) 
     whole = TorchEngine(hybrid).score(PROMPTS)
     monkeypatch.setattr("dtr_deploy.engines.torch.LOGIT_ROWS", 7)
     for a, b in zip(whole, TorchEngine(hybrid).score(PROMPTS), strict=True):
-        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-6)
+        # float32 sums in another order: a few units in the last place of values up to 30
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2e-5)
         assert a.logprobs.shape == b.logprobs.shape
 
 
