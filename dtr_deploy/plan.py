@@ -23,8 +23,8 @@ BYTES_PER_WEIGHT = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.1, "int4": 
 TRAINING_PASSES = 3.0
 """Forward and backward of a projection, in forwards."""
 
-ENGINE_START_SECONDS = {"vllm": 60.0, "ort": 15.0}
-RACING_REFRESHES, RACING_SCORINGS = 8, 14
+ENGINE_START_SECONDS = {"vllm": 20.0, "ort": 5.0}
+RACING_REFRESHES, RACING_SCORINGS = 14, 20
 """Of the default strategy: it ranks all swaps once and a few again, and scores groups of them."""
 
 EFFICIENCY = 0.5
@@ -85,9 +85,9 @@ def model_config(recipe: Recipe) -> Any:
     """The model's configuration, without its weights. Raises `UsageError` if it cannot be read or used."""
     from transformers import AutoConfig
 
-    from dtr_deploy.hybrid.backbone import _check_family, _locate
+    from dtr_deploy.hybrid.backbone import check_family, locate
 
-    source, gguf = _locate(recipe.model_spec())
+    source, gguf = locate(recipe.model_spec())
     try:
         if gguf is not None:
             config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -97,7 +97,7 @@ def model_config(recipe: Recipe) -> Any:
             )
     except (OSError, ValueError) as error:
         raise recipe.error(("model",), f"{recipe.model} cannot be read: {str(error).splitlines()[0]}") from error
-    _check_family(recipe.model, config)
+    check_family(recipe.model, config)
     return config
 
 

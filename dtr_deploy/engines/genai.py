@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import numpy as np
 
 from dtr_deploy.engines.base import Throughput, TokenScores, Workload
 from dtr_deploy.engines.ort import CONFIG_FILE, available_cores, check_folder
+from dtr_deploy.engines.timing import WorkloadTimer
 from dtr_deploy.errors import UsageError
 
 
@@ -66,6 +66,8 @@ class GenaiEngine:
                     (Path(linked) / file.name).symlink_to(file)
             (Path(linked) / CONFIG_FILE).write_text(json.dumps(config))
             self._model: Any = onnxruntime_genai.Model(linked)
+        ordinary = np.setdiff1d(np.arange(self._vocabulary), [self._pad])
+        self._timer = WorkloadTimer(self.name, precision, ordinary, self.run_batch)
 
     def score(self, prompts: Sequence[Sequence[int]]) -> list[TokenScores]:
         """Not offered: genai gives the logits of the last position only. `OrtEngine` scores the same folder."""
@@ -91,28 +93,7 @@ class GenaiEngine:
 
     def throughput(self, workload: Workload, repeats: int) -> Throughput:
         """`concurrency` rows in one batch, by genai's own loop; the end-of-text token is kept from being chosen."""
-        random = np.random.default_rng(0)
-        ordinary = np.setdiff1d(np.arange(self._vocabulary), [self._pad])
-        prefill, decode, whole = [], [], []
-        for repeat in range(repeats + 1):
-            prompts = random.choice(ordinary, (workload.concurrency, workload.prompt)).tolist()
-            # The first run warms caches and the allocator, and counts for nothing.
-            output = workload.output if repeat else min(workload.output, 4)
-            began = time.perf_counter()
-            _, first, rest = self.run_batch(prompts, output)
-            if repeat:
-                prefill.append(first)
-                decode.append(rest)
-                whole.append(time.perf_counter() - began)
-        return Throughput(
-            self.name,
-            self.precision,
-            workload,
-            repeats,
-            statistics.median(prefill),
-            statistics.median(decode),
-            statistics.median(whole),
-        )
+        return self._timer.measure(workload, repeats)
 
     def close(self) -> None:
         self._model = None

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from dtr_deploy.engines.base import TOP_K, Throughput, TokenScores, Workload
+from dtr_deploy.engines.timing import WorkloadTimer
 from dtr_deploy.errors import UsageError
 
 MODEL_FILE = "model.onnx"
@@ -105,6 +105,7 @@ class OrtEngine:
         logits = next(value for value in self._session.get_outputs() if value.name == "logits")
         self._vocabulary = int(logits.shape[-1])
         self._all_logits = logits.shape[1] != 1
+        self._timer = WorkloadTimer(self.name, precision, np.arange(self._vocabulary), self._generate)
 
     def score(self, prompts: Sequence[Sequence[int]]) -> list[TokenScores]:
         """In batches of prompts of similar length; a prompt too long for one call is alone in its batch."""
@@ -134,27 +135,7 @@ class OrtEngine:
 
     def throughput(self, workload: Workload, repeats: int) -> Throughput:
         """`concurrency` rows in one batch."""
-        random = np.random.default_rng(0)
-        prefill, decode, whole = [], [], []
-        for repeat in range(repeats + 1):
-            prompts = random.integers(0, self._vocabulary, (workload.concurrency, workload.prompt)).tolist()
-            # The first run warms caches and the allocator, and counts for nothing.
-            output = workload.output if repeat else min(workload.output, 4)
-            began = time.perf_counter()
-            _, first, rest = self._generate(prompts, output)
-            if repeat:
-                prefill.append(first)
-                decode.append(rest)
-                whole.append(time.perf_counter() - began)
-        return Throughput(
-            self.name,
-            self.precision,
-            workload,
-            repeats,
-            statistics.median(prefill),
-            statistics.median(decode),
-            statistics.median(whole),
-        )
+        return self._timer.measure(workload, repeats)
 
     def close(self) -> None:
         self._session = None

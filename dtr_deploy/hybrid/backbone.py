@@ -52,13 +52,13 @@ def load_backbone(
     or attention layers that are not full (sliding windows).
     """
     try:
-        source, gguf = _locate(spec)
+        source, gguf = locate(spec)
         if gguf is not None:
             model, tokenizer = _load_gguf(gguf, dtype)
         else:
             extra = {"revision": revision, "trust_remote_code": trust_remote_code}
             config = AutoConfig.from_pretrained(source, **extra)
-            _check_family(spec, config)
+            check_family(spec, config)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra)
             tokenizer = AutoTokenizer.from_pretrained(source, **extra)
     except UsageError:
@@ -66,12 +66,13 @@ def load_backbone(
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(f"model {spec!r} cannot be loaded: {first_line} (accepted: {ACCEPTED})") from error
-    _check_family(spec, model.config)
+    check_family(spec, model.config)
     model = model.eval().requires_grad_(False)
     return Backbone(model, tokenizer, spec, model.config.model_type, _fingerprint(model))
 
 
-def _check_family(spec: str, config: Any) -> None:
+def check_family(spec: str, config: Any) -> None:
+    """Raise UsageError unless a configuration is of a supported family with full attention in every layer."""
     if config.model_type not in FAMILIES:
         raise UsageError(f"model {spec!r} is of type {config.model_type!r}: accepted are {', '.join(FAMILIES)}")
     types = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -79,7 +80,7 @@ def _check_family(spec: str, config: Any) -> None:
         raise UsageError(f"model {spec!r} has layers of type {', '.join(sorted(types))}: accepted is full_attention")
 
 
-def _locate(spec: str) -> tuple[str, Path | None]:
+def locate(spec: str) -> tuple[str, Path | None]:
     """(what from_pretrained takes, None) or ('', GGUF file)."""
     if spec.startswith("package:"):
         return "", _gguf_in_package(spec.removeprefix("package:"))
@@ -115,7 +116,7 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """A GGUF, dequantised. The weights go into a fresh model, since transformers refuses to save one read from GGUF."""
     arguments = {"gguf_file": path.name}
     config = AutoConfig.from_pretrained(path.parent, **arguments)
-    _check_family(str(path), config)
+    check_family(str(path), config)
     loaded = AutoModelForCausalLM.from_pretrained(path.parent, dtype=dtype, **arguments)
     config = loaded.config
     if hasattr(config, "quantization_config"):
