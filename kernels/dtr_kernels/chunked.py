@@ -59,9 +59,14 @@ def linear_attention_chunked(
     if log_decay is not None:
         g = split(log_decay)
         per_key = g.ndim == 5
-        cumulated = g.cumsum(3)
+        # Differences of cumulated decays in float64: at -20 a token float32 sums of a chunk are off by 1e-4.
+        cumulated = g.double().cumsum(3)
         total = cumulated[:, :, :, -1:]
-        decay_in, decay_out, decay_all = cumulated.exp(), (total - cumulated).exp(), total.squeeze(3).exp()
+        decay_in, decay_out, decay_all = (
+            _exp(cumulated, dtype),
+            _exp(total - cumulated, dtype),
+            _exp(total.squeeze(3), dtype),
+        )
         if not per_key:
             decay_in, decay_out, decay_all = decay_in[..., None], decay_out[..., None], decay_all[..., None]
     else:
@@ -97,6 +102,10 @@ def linear_attention_chunked(
     return out, state
 
 
+def _exp(exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    return exponent.to(dtype).exp()
+
+
 def _decayed_products(rows: Tensor, keys: Tensor, cumulated: Tensor | None, per_key: bool) -> Tensor:
     """rows_i exp(c_i - c_j) k_j for j <= i, zero above the diagonal.
 
@@ -109,7 +118,8 @@ def _decayed_products(rows: Tensor, keys: Tensor, cumulated: Tensor | None, per_
         return (rows @ keys.unsqueeze(3).transpose(-1, -2)).masked_fill(~mask, 0)
     if not per_key:
         products = rows.flatten(3, 4) @ keys.transpose(-1, -2)
-        decay = (cumulated[..., :, None] - cumulated[..., None, :]).masked_fill(~mask, -torch.inf).exp()
+        decay = (cumulated[..., :, None] - cumulated[..., None, :]).masked_fill(~mask, -torch.inf)
+        decay = _exp(decay, keys.dtype)
         return products.unflatten(3, rows.shape[3:5]) * decay.unsqueeze(3)
     # Per key dimension the decay does not factor out of the product. For queries of one subchunk and keys before it,
     # both sides decay to the subchunk's border; inside the subchunk the exponents are written out.
@@ -120,13 +130,13 @@ def _decayed_products(rows: Tensor, keys: Tensor, cumulated: Tensor | None, per_
         inside = (c_row[..., :, None, :] - c_row[..., None, :, :]).masked_fill(
             ~mask[start:stop, start:stop, None], -torch.inf
         )
-        weighted = inside.exp() * keys[..., None, start:stop, :]  # [B,H,N,c,c,D]
+        weighted = _exp(inside, keys.dtype) * keys[..., None, start:stop, :]  # [B,H,N,c,c,D]
         near = torch.einsum("bhnrid,bhnijd->bhnrij", row, weighted)
         parts = [near]
         if start:
             border = cumulated[..., start - 1 : start, :]
-            row_at_border = row * (c_row - border).exp().unsqueeze(3)
-            keys_at_border = keys[..., :start, :] * (border - cumulated[..., :start, :]).exp()
+            row_at_border = row * _exp(c_row - border, keys.dtype).unsqueeze(3)
+            keys_at_border = keys[..., :start, :] * _exp(border - cumulated[..., :start, :], keys.dtype)
             parts.insert(0, row_at_border @ keys_at_border.unsqueeze(3).transpose(-1, -2))
         if stop < chunk:
             parts.append(near.new_zeros(*near.shape[:-1], chunk - stop))
