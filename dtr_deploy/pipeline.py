@@ -69,6 +69,7 @@ class Build:
 
         check_engines(self.recipe)
         self.recipe.check_layers(self.backbone.layers)
+        self.tasks  # noqa: B018  a task that cannot be built is refused now, not after distillation
         check_disk(self.recipe, self.run, self.backbone.model.config)
         write_atomically(
             self.run.path / RECIPE_COPY, json.dumps(self.recipe.model_dump(mode="json"), indent=1).encode()
@@ -184,7 +185,7 @@ class Build:
     def search(self) -> StageRecord:
         """Choose the layout; every trial is in `ledger.sqlite`, the result with its evidence in `search.json`."""
         recipe = self.recipe
-        tasks = self._tasks()
+        tasks = self.tasks
         settings = [recipe.target.model_dump(mode="json"), recipe.search.model_dump(mode="json")]
         fingerprints = [
             (task.name, task.weight, task.fingerprint("search"), task.fingerprint("confirm")) for task in tasks
@@ -201,7 +202,8 @@ class Build:
 
         return self._stage("search", key, work)
 
-    def _tasks(self) -> list[Any]:
+    @cached_property
+    def tasks(self) -> list[Any]:
         from dtr_deploy.tasks.build import build_tasks
 
         recipe = self.recipe

@@ -28,7 +28,7 @@ from dtr_deploy.hybrid.precision import products_dtype, products_in
 Progress = Callable[[int, int, str], None]
 
 EVALUATED = 12
-"""Held-out sequences that errors are reported on: 6,000 tokens of 512, each an error of its own."""
+"""Held-out sequences that errors are reported on; about 6,000 tokens at 512 each."""
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def linear_attention_chunked(
     if log_decay is not None:
         g = split(log_decay)
         per_key = g.ndim == 5
-        # Differences of cumulated decays in float64: at -20 a token float32 sums of a chunk are off by 1e-4.
+        # Differences of cumulated decays in float64: at -20 a token float32 rounds a chunk's sum by up to 1e-4.
         cumulated = g.double().cumsum(3)
         total = cumulated[:, :, :, -1:]
         decay_in, decay_out, decay_all = (
