@@ -14,12 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dtr_kernels import compiled
 from dtr_kernels.chunked import linear_attention_chunked
+from dtr_kernels.compiled import linear as compiled_linear
 from dtr_kernels.recurrent import linear_attention_recurrent
 from dtr_kernels.reference import linear_attention_reference
 
 RULES = ("linear", "gated", "delta", "gated_delta")
-BACKENDS = ("auto", "reference", "chunked", "recurrent")
+BACKENDS = ("auto", "reference", "chunked", "recurrent", "compiled")
+
+
+def available_backends(device: str | torch.device = "cpu") -> tuple[str, ...]:
+    """Backends that can run on a device of this type, "auto" left out."""
+    wanted = {"compiled": torch.device(device).type == "cpu" and compiled.is_available()}
+    return tuple(name for name in BACKENDS[1:] if wanted.get(name, True))
 
 
 def linear_attention(
@@ -47,17 +55,21 @@ def linear_attention(
         scale: multiplies the output; Dk ** -0.5 if None.
         state: [B,Hkv,Dk,Dv] float32 (float64 for float64 inputs), zeros if None. Not modified.
         cu_seqlens: [R+1] integers: B is 1, tokens of R sequences lie one after another, `state` is [R,Hkv,Dk,Dv].
-        backend: "auto" (recurrent for one token, else chunked), "reference", "chunked" or "recurrent".
+        backend: "auto" (compiled on a CPU; elsewhere, for float64 and under torch.compile recurrent for one token and
+            else chunked), "reference", "chunked", "recurrent" or "compiled".
 
     Returns:
         out [B,T,Hq,Dv] in the dtype of v, and the final state in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: operands that do not fit the rule or one another.
+        ValueError: operands that do not fit the rule or one another, a backend that cannot run here.
     """
     _check(q, k, v, rule, log_decay, beta)
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r}: accepted are {', '.join(BACKENDS)}")
+    if backend == "compiled" and not _can_compile(q, k, v):
+        reason = compiled.unavailable_reason() or "it takes CPU tensors up to float32, outside torch.compile"
+        raise ValueError(f"backend 'compiled' cannot run here: {reason}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
@@ -67,6 +79,8 @@ def linear_attention(
     elif tuple(state.shape) != shape:
         raise ValueError(f"state has shape {tuple(state.shape)}, expected {shape}")
     state = state.to(dtype)
+    if backend == "compiled" or (backend == "auto" and _can_compile(q, k, v)):
+        return _compiled(q, k, v, log_decay, beta, scale, state, cu_seqlens)
     if cu_seqlens is None:
         out, state = _run(backend, q, k, v, rule=rule, log_decay=log_decay, beta=beta, scale=scale, state=state)
         return out.to(v.dtype), state
@@ -120,6 +134,11 @@ def linear_attention_packed(
     Returns:
         out [N,Hq,Dv] in float32.
     """
+    if _can_compile(q, k, v) and pool.dtype in compiled_linear.POOL_DTYPES:
+        return compiled_linear.linear_attention_packed(
+            q, k, v, log_decay=log_decay, beta=beta, scale=scale, pool=pool, slots=slots, cu_seqlens=cu_seqlens,
+            has_initial_state=has_initial_state,
+        )  # fmt: skip
     out = torch.zeros(*q.shape[:2], v.shape[-1], dtype=torch.float32, device=q.device)
     borders, initial = cu_seqlens.tolist(), has_initial_state.tolist()
     for r, (start, stop) in enumerate(pairwise(borders)):
@@ -166,6 +185,11 @@ def linear_attention_step(
     Returns:
         out [R,Hq,Dv] in float32.
     """
+    if _can_compile(q, k, v) and pool.dtype in compiled_linear.POOL_DTYPES:
+        return compiled_linear.linear_attention_packed(
+            q, k, v, log_decay=log_decay, beta=beta, scale=scale, pool=pool, slots=slots,
+            cu_seqlens=torch.arange(len(q) + 1), has_initial_state=None,
+        )  # fmt: skip
     slots = slots.long()
     live = slots > 0
     rows = pool.index_select(0, slots.clamp_min(0))
@@ -176,6 +200,36 @@ def linear_attention_step(
     # Null rows write back what slot 0 holds: several of them write the same value, so the order does not matter.
     pool.index_copy_(0, slots.clamp_min(0), torch.where(keep[..., None], state.to(pool.dtype), rows))
     return torch.where(keep, out, 0.0)
+
+
+def _can_compile(*operands: Tensor) -> bool:
+    """Whether the compiled kernels can take these operands: plain CPU tensors of at most float32."""
+    return (
+        all(x.device.type == "cpu" and x.dtype in compiled_linear.INPUT_DTYPES for x in operands)
+        and not torch.compiler.is_compiling()
+        and compiled.is_available()
+    )
+
+
+def _compiled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    batch, length = q.shape[:2]
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(batch + 1) * length
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    log_decay, beta = (None if x is None else x.flatten(0, 1) for x in (log_decay, beta))
+    out, state = compiled_linear.linear_attention_batch(
+        q, k, v, log_decay=log_decay, beta=beta, scale=scale, state=state, cu_seqlens=cu_seqlens
+    )
+    return out.unflatten(0, (batch, length)).to(v.dtype), state
 
 
 def _run(backend: str, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dtr_kernels import compiled
+from dtr_kernels.compiled import window as compiled_window
+
 
 def window_attention(
     q: Tensor,
@@ -43,6 +46,9 @@ def window_attention(
     kv_heads = k.shape[2]
     group = query_heads // kv_heads
     scale = dim**-0.5 if scale is None else scale
+    if _can_compile(q, k, v) and (past is None or past.dtype in compiled_window.CACHE_DTYPES):
+        out = compiled_window.window_attention(q, k, v, window=window, scale=scale, past=past, mask=mask)
+        return out, _new_past(k, v, past, mask, window) if return_past else None
     rows, past_valid = _with_past(k, v, past, mask, window)
     new_past = _last_rows(rows, past_valid, mask, window, length, k.dtype) if return_past else None
 
@@ -80,6 +86,23 @@ def window_attention(
     out = weights.to(values.dtype).flatten(3, 4) @ values  # [B,N,Hkv,group*C,D]
     out = out.unflatten(3, (group, block)).permute(0, 1, 4, 2, 3, 5).reshape(batch, blocks * block, query_heads, dim)
     return out[:, :length].to(q.dtype), new_past
+
+
+def _can_compile(*operands: Tensor) -> bool:
+    """Whether the compiled kernels can take these operands: plain CPU tensors of at most float32."""
+    return (
+        all(x.device.type == "cpu" and x.dtype in compiled_window.INPUT_DTYPES for x in operands)
+        and not torch.compiler.is_compiling()
+        and compiled.is_available()
+    )
+
+
+def _new_past(k: Tensor, v: Tensor, past: Tensor | None, mask: Tensor | None, window: int) -> Tensor:
+    """The new cache. Without padding only the last W tokens are looked at."""
+    if mask is None and k.shape[1] > window:
+        k, v, past = k[:, -window:], v[:, -window:], None
+    rows, past_valid = _with_past(k, v, past, mask, window)
+    return _last_rows(rows, past_valid, mask, window, k.shape[1], k.dtype)
 
 
 def _with_past(
@@ -143,6 +166,11 @@ def window_attention_packed(
     Returns:
         out [N,Hq,D] in q's dtype.
     """
+    if _can_compile(q, k, v) and ring_k.dtype in compiled_window.CACHE_DTYPES:
+        return compiled_window.window_attention_packed(
+            q, k, v, window=window, scale=scale, ring_k=ring_k, ring_v=ring_v, slots=slots, cu_seqlens=cu_seqlens,
+            start=start,
+        )  # fmt: skip
     out = torch.zeros_like(q)
     borders, starts = cu_seqlens.tolist(), start.tolist()
     for r, first in enumerate(starts):
@@ -189,6 +217,10 @@ def window_attention_step(
     Returns:
         out [R,Hq,D] in q's dtype.
     """
+    if _can_compile(q, k, v) and ring_k.dtype in compiled_window.CACHE_DTYPES:
+        return compiled_window.window_attention_step(
+            q, k, v, window=window, scale=scale, ring_k=ring_k, ring_v=ring_v, slots=slots, positions=positions
+        )
     slots, positions = slots.long(), positions.long()
     live = slots > 0
     slot = slots.clamp_min(0)

@@ -1,0 +1,10 @@
+"""The operator and the window branch for CPUs, in C: serving and training at the speed of the vector units.
+
+The C sources in source/ are compiled once on the machine they run on (a second or two) and loaded with ctypes. Without
+a compiler everything falls back to the torch formulations, which compute the same and are several times slower.
+`python -m dtr_kernels.compiled` builds ahead of time and says what was built.
+"""
+
+from dtr_kernels.compiled.library import is_available, unavailable_reason
+
+__all__ = ["is_available", "unavailable_reason"]

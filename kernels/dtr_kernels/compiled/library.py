@@ -1,0 +1,70 @@
+"""The compiled library, loaded once a process."""
+
+import ctypes
+import functools
+import os
+import warnings
+
+import torch
+from torch import Tensor
+
+from dtr_kernels.compiled.build import BuildError, build
+
+_P, _L, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+SIGNATURES = {
+    "dtr_linear_forward": [_P] * 12 + [_L] * 12 + [_I] * 4 + [_F, _I],
+    "dtr_linear_backward": [_P] * 16 + [_L] * 7 + [_I] * 2 + [_F, _I],
+    "dtr_window_forward": [_P] * 11 + [_L] * 11 + [_I] * 4 + [_F, _I],
+    "dtr_window_backward": [_P] * 9 + [_L] * 5 + [_F, _I],
+    "dtr_window_step": [_P] * 8 + [_L] * 11 + [_I] * 3 + [_F, _I],
+}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and why there is none. DTR_KERNELS_COMPILED=0 turns it off."""
+    if os.environ.get("DTR_KERNELS_COMPILED") == "0":
+        return None, "turned off by DTR_KERNELS_COMPILED=0"
+    try:
+        library = ctypes.CDLL(str(build()))
+    except (BuildError, OSError) as error:
+        warnings.warn(f"dtr_kernels: {error}; linear attention runs in torch, several times slower", stacklevel=2)
+        return None, str(error)
+    for name, signature in SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = signature, _I
+    return library, ""
+
+
+def is_available() -> bool:
+    """Whether the compiled kernels can be used; the first call compiles them if need be."""
+    return _load()[0] is not None
+
+
+def unavailable_reason() -> str:
+    """Why they cannot be used, one line; empty if they can."""
+    return _load()[1]
+
+
+def pointer(x: Tensor | None) -> int | None:
+    """Address of the first element; None stays None. The caller keeps the tensor alive over the call."""
+    return None if x is None else x.data_ptr()
+
+
+def call(name: str, *arguments: int | float | None) -> None:
+    """Call a kernel. MemoryError if it could not get its scratch memory."""
+    library = _load()[0]
+    assert library is not None
+    if getattr(library, name)(*arguments) != 0:
+        raise MemoryError(f"{name}: no scratch memory")
+
+
+def rows(x: Tensor) -> Tensor:
+    """[N,H,D] whose rows are contiguous; tokens may lie apart."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def indices(x: Tensor) -> Tensor:
+    """int64 and contiguous, on the CPU."""
+    return x.to("cpu", torch.int64).contiguous()
