@@ -1,18 +1,20 @@
 # Everything happens in one virtual environment, .venv. PYTHON picks the interpreter that makes it.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RECIPE ?= recipes/quickstart.yaml
+BENCHMARK ?= --direction forward
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 # The tokenizers library warns about its own threads whenever an engine starts a process.
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install quickstart test lint types unit clean
+.PHONY: help install quickstart test lint types unit benchmark clean
 
 help:
 	@echo "make quickstart   install, then build $(RECIPE): distil, search, export, parity, the final table"
 	@echo "make test         install, then ruff, mypy and pytest"
 	@echo "make lint | types | unit   one part of make test"
+	@echo "make benchmark    the operator's table; BENCHMARK='--direction backward' and so on, see benchmarks/README.md"
 	@echo "make clean        remove .venv and caches; runs/ stays"
 
 install: $(INSTALLED)
@@ -38,6 +40,9 @@ types: install
 
 unit: install
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -q
+
+benchmark: install
+	@$(BIN)/python -m benchmarks.operator $(BENCHMARK)
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

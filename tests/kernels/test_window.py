@@ -4,18 +4,7 @@ import pytest
 import torch
 
 from dtr_kernels.window import window_attention, window_attention_packed, window_attention_step
-
-
-def banded(q, k, v, window, scale, valid=None):
-    """The truth: [T,T] logits, a band, a softmax. q [B,T,Hq,D]."""
-    group = q.shape[2] // k.shape[2]
-    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
-    logits = torch.einsum("bihd,bjhd->bhij", q, k) * scale
-    i = torch.arange(q.shape[1])
-    visible = (i[:, None] - i[None] >= 0) & (i[:, None] - i[None] < window)
-    visible = visible[None] if valid is None else visible[None] & valid[:, None, :]
-    weights = logits.masked_fill(~visible[:, None], -1e30).softmax(-1) * visible.any(-1)[:, None, :, None]
-    return torch.einsum("bhij,bjhd->bihd", weights, v)
+from tests.kernels.cases import banded
 
 
 def qkv(batch, length, group=3, seed=0):

@@ -17,6 +17,12 @@ SIGNATURES = {
     "dtr_window_forward": [_P] * 11 + [_L] * 11 + [_I] * 4 + [_F, _I],
     "dtr_window_backward": [_P] * 9 + [_L] * 5 + [_F, _I],
     "dtr_window_step": [_P] * 8 + [_L] * 11 + [_I] * 3 + [_F, _I],
+    "dtr_unit_rows": [_P] * 2 + [_L] * 4 + [_I, _F, _I],
+    "dtr_unit_rows_backward": [_P] * 3 + [_L] * 4 + [_I, _F, _I],
+    "dtr_gates": [_P] * 5 + [_L] * 4 + [_I] * 3,
+    "dtr_rotary": [_P] * 4 + [_L] * 4 + [_I] * 3,
+    "dtr_readout": [_P] * 5 + [_L] * 3 + [_I] * 2 + [_F, _I],
+    "dtr_readout_backward": [_P] * 9 + [_L] * 3 + [_I, _F, _I],
 }
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

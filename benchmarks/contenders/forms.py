@@ -1,0 +1,122 @@
+"""What the window adds: a whole form (operands, operator, readout) without and with it, and the window alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.contenders.base import Contender, Ready, cast, directions, given, plain, with_gradients
+from benchmarks.oracle import form_parameters
+from benchmarks.problem import Inputs
+from dtr_kernels.forms import Form, FormConfig, make_form
+from dtr_kernels.operator import linear_attention, linear_attention_step
+from dtr_kernels.window import window_attention, window_attention_step
+
+FORM = "gated_deltanet"
+
+
+def contenders(rule: str, window: int) -> list[Contender]:
+    """The window alone for every rule; the form under its own rule only."""
+    rows = [Contender(f"window {window} alone", "window", _window, directions("forward", "backward", "decode"))]
+    if rule == "gated_delta":
+        for computes, size in (("form", 0), ("form + window", window)):
+            rows.append(Contender(f"{FORM}, window {size}", computes, _form(size), directions("forward", "decode")))
+    return rows
+
+
+def _window(inputs: Inputs) -> Ready:
+    problem = inputs.problem
+    if problem.direction == "decode":
+        return Ready(_window_step(inputs), lambda out: {"out": out[:, None]}, problem.dtype)
+    leaves = given(cast(inputs), ("q", "k", "v"))
+
+    def forward() -> Tensor:
+        return window_attention(leaves["q"], leaves["k"], leaves["v"], window=problem.window, return_past=False)[0]
+
+    if problem.direction == "backward":
+        return with_gradients(forward, leaves, inputs.cotangent.to(problem.torch_dtype), problem.dtype)
+    return Ready(forward, plain, problem.dtype)
+
+
+def _window_step(inputs: Inputs) -> Callable[[], Tensor]:
+    """A step over full rings: tokens 0 .. W-1 lie in them, the new one is at position W."""
+    problem = inputs.problem
+    q, k, v = (x[:, 0] for x in given(cast(inputs), ("q", "k", "v")).values())
+    keys, values = inputs.context(problem.window)
+    rings = [torch.cat([torch.zeros_like(x[:1]), x]) for x in (keys, values)]
+    slots = torch.arange(1, problem.batch + 1, device=q.device)
+    positions = torch.full((problem.batch,), problem.window, device=q.device)
+
+    def call() -> Tensor:
+        return window_attention_step(
+            q,
+            k,
+            v,
+            window=problem.window,
+            scale=problem.shape.head_dim**-0.5,
+            ring_k=rings[0],
+            ring_v=rings[1],
+            slots=slots,
+            positions=positions,
+        )
+
+    return call
+
+
+def _make_form(inputs: Inputs, window: int) -> Form:
+    s = inputs.problem.shape
+    form = make_form(FORM, FormConfig(s.query_heads * s.head_dim, s.query_heads, s.kv_heads, s.head_dim, window))
+    parameters = form_parameters(inputs)
+    form.load_state_dict({name: parameters[name] for name in form.state_dict()})
+    return form.to(inputs.problem.device).requires_grad_(False)
+
+
+def _form(window: int) -> Callable[[Inputs], Ready]:
+    def prepare(inputs: Inputs) -> Ready:
+        form, decode = _make_form(inputs, window), inputs.problem.direction == "decode"
+        return _decoding_form(inputs, form) if decode else _whole_form(inputs, form)
+
+    return prepare
+
+
+def _whole_form(inputs: Inputs, form: Form) -> Ready:
+    """From q, k, v and the layer's input to the heads' output, as the mixer does it; the state starts empty."""
+    q, k, v = given(cast(inputs), ("q", "k", "v")).values()
+    hidden, window = inputs.hidden.to(q.dtype), form.config.window
+
+    def call() -> Tensor:
+        op = form.operands(q, k, v, hidden)
+        out, _ = linear_attention(
+            op.q, op.k, op.v, rule=form.rule, log_decay=op.log_decay, beta=op.beta, scale=form.scale
+        )
+        near = window_attention(q, k, v, window=window, return_past=False)[0] if window else None
+        return form.mix(form.readout(out, hidden), near)
+
+    return Ready(torch.no_grad()(call), plain, inputs.problem.dtype)
+
+
+def _decoding_form(inputs: Inputs, form: Form) -> Ready:
+    q, k, v = (x[:, 0] for x in given(cast(inputs), ("q", "k", "v")).values())
+    hidden = inputs.hidden[:, 0].to(q.dtype)
+    pool = torch.cat([torch.zeros_like(inputs.state[:1]), inputs.state]).float()
+    slots = torch.arange(1, inputs.problem.batch + 1, device=q.device)
+    near = _window_step(inputs) if form.config.window else None
+
+    def call() -> Tensor:
+        op = form.operands(q, k, v, hidden)
+        out = linear_attention_step(
+            op.q,
+            op.k,
+            op.v,
+            rule=form.rule,
+            log_decay=op.log_decay,
+            beta=op.beta,
+            scale=form.scale,
+            pool=pool,
+            slots=slots,
+        )
+        return form.mix(form.readout(out, hidden), near() if near else None)
+
+    return Ready(torch.no_grad()(call), lambda out: {"out": out[:, None]}, inputs.problem.dtype)
