@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 from dtr_deploy.errors import UsageError
 from dtr_deploy.recipe_errors import Finding, Location, YamlLines, findings_of, parse_yaml
 
-FormName = Literal["gated_deltanet", "gla"]
+FormName = Literal["gated_deltanet", "gla", "jet", "hedgehog"]
 EngineName = Literal["ort", "vllm"]
 PrecisionName = Literal["fp32", "bf16", "fp16", "int8", "int4"]
 VllmDtype = Literal["float32", "bfloat16", "float16"]

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dtr_deploy.distill.calibrate import teacher_statistics
 from dtr_deploy.distill.evaluate import Running, TwinReport, window_only
+from dtr_deploy.distill.narrow_teacher import NarrowTeacher
 from dtr_deploy.distill.teacher import Activations, attention_activations
 from dtr_deploy.hybrid.mixer import HybridMixer, own_parameters
 from dtr_deploy.hybrid.precision import products_dtype, products_in
@@ -114,10 +115,13 @@ def distill(
     order = _batches(len(sequences), settings.batch_size, steps, settings.seed)
     saved_at = time.monotonic()
     device = sequences.device.type
-    mixed = products_in(products_dtype(settings.precision, device), device)
+    dtype = products_dtype(settings.precision, device)
+    mixed = products_in(dtype, device)
+    narrow = NarrowTeacher(backbone, layers) if dtype == torch.bfloat16 and NarrowTeacher.fits(backbone) else None
     for step in range(done, steps):
+        batch = sequences[order[step]]
         with mixed:
-            activations = attention_activations(backbone, sequences[order[step]], layers)
+            activations = narrow(batch) if narrow else attention_activations(backbone, batch, layers)
         errors = [
             trainer.step(step, steps, activations.inputs[layer], activations.outputs[layer].float(), activations, mixed)
             for (layer, _), trainer in trainers.items()

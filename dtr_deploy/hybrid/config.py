@@ -56,8 +56,9 @@ class HybridConfigMixin:
 
     @property
     def number_of_conv_states(self) -> int:
-        """States of a linear layer in transformers' cache: the recurrent one, and the window's if there is one."""
-        return 2 if (getattr(self, "dtr", None) or {}).get("window") else 1
+        """States of a linear layer in transformers' cache: the recurrent one, the window's and the convolution's. What
+        a layer does not have stays empty."""
+        return 3
 
 
 class DtrLlamaConfig(HybridConfigMixin, LlamaConfig):

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from dtr_kernels.compiled import rows
+from dtr_kernels.conv import dynamic_conv
 from dtr_kernels.forms import FormConfig, make_form
 from dtr_kernels.operator import linear_attention
 from dtr_kernels.window import window_attention
 
-# Indices of a linear layer's states in transformers' cache.
-RECURRENT, WINDOW = 0, 1
+# Indices of a linear layer's states in transformers' cache; as many as `HybridConfigMixin.number_of_conv_states` says.
+RECURRENT, WINDOW, CONV = 0, 1, 2
 
 
 def form_config(config: Any, window: int) -> FormConfig:
@@ -65,7 +67,10 @@ class HybridMixer(nn.Module):
         v = self.v_proj(hidden_states).unflatten(-1, (c.num_kv_heads, c.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+        cos, sin = position_embeddings
+        if rows.fits(q, k, cos, sin):
+            return rows.rotary(q, cos, sin).to(q.dtype), rows.rotary(k, cos, sin).to(k.dtype), v
+        q, k = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
         return q, k, v
 
     def forward(
@@ -83,18 +88,21 @@ class HybridMixer(nn.Module):
         # Autocast is for the large projections: decays, states and norms stay in float32.
         with torch.autocast(hidden_states.device.type, enabled=False):
             out = self._attend(q, k, v, hidden_states, states, mask)
-        return self.o_proj(out.to(hidden_states.dtype)), None
+        return self.o_proj(out), None
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor, states: Any, mask: Tensor | None
     ) -> Tensor:
-        """Linear branch, window branch and their mix, [B,T,Hq*D] float32; reads and writes the cache layer `states`."""
-        op = self.form.operands(q, k, v, hidden_states)
+        """Linear branch, window branch and their mix, [B,T,Hq*D] in the input's dtype; uses the cache layer `states`."""
+        started = states is not None and states.is_recurrent_states_initialized[RECURRENT]
+        taps, values, conv = self.form.taps(hidden_states), v, None
+        if taps is not None:
+            values, conv = dynamic_conv(v, taps, past=states.recurrent_states[CONV] if started else None, mask=mask)
+        op = self.form.operands(q, k, values, hidden_states)
         if mask is not None:
             op = _masked(op, mask)
         if self.backend == "reference":
             op = op._replace(**{name: x.double() for name, x in op._asdict().items() if x is not None})
-        started = states is not None and states.is_recurrent_states_initialized[RECURRENT]
         out, recurrent = linear_attention(
             op.q,
             op.k,
@@ -106,7 +114,6 @@ class HybridMixer(nn.Module):
             state=states.recurrent_states[RECURRENT] if started else None,
             backend=self.backend,
         )
-        out = self.form.readout(out, hidden_states)
         window_out = window = None
         if self.sizes.window:
             window_out, window = window_attention(
@@ -119,8 +126,8 @@ class HybridMixer(nn.Module):
                 return_past=states is not None,
             )
         if states is not None:
-            _store(states, recurrent, window)
-        return self.form.mix(out, window_out).flatten(-2)
+            _store(states, {RECURRENT: recurrent, WINDOW: window, CONV: conv})
+        return self.form.output(out, hidden_states, window_out, hidden_states.dtype).flatten(-2)
 
 
 def _masked(op: Any, mask: Tensor) -> Any:
@@ -132,14 +139,14 @@ def _masked(op: Any, mask: Tensor) -> Any:
     return op._replace(k=op.k * m[..., None], log_decay=decay, beta=None if op.beta is None else op.beta * m)
 
 
-def _store(states: Any, recurrent: Tensor, window: Tensor | None) -> None:
-    """Write both states into transformers' cache layer."""
-    states.device, states.dtype = recurrent.device, recurrent.dtype  # reorder_cache needs the device
-    states.update_recurrent_state(recurrent, RECURRENT)
-    states.has_previous_state[RECURRENT] = True
-    if window is not None:
-        states.update_recurrent_state(window, WINDOW)
-        states.has_previous_state[WINDOW] = True
+def _store(states: Any, values: Mapping[int, Tensor | None]) -> None:
+    """Write a layer's states, by index, into transformers' cache layer."""
+    for index, value in values.items():
+        if value is not None:
+            if index == RECURRENT:
+                states.device, states.dtype = value.device, value.dtype  # reorder_cache needs the device
+            states.update_recurrent_state(value, index)
+        states.has_previous_state[index] = True
 
 
 def own_parameters(mixer: HybridMixer, weights: Mapping[str, Tensor] | None = None) -> None:

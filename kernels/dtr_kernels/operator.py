@@ -144,7 +144,7 @@ def linear_attention_packed(
     for r, (start, stop) in enumerate(pairwise(borders)):
         if stop == start:
             continue
-        slot = slots[r : r + 1].long()
+        slot = slots[r : r + 1].to(pool.device).long()
         live, slot = (slot > 0)[:, None, None, None], slot.clamp_min(0)
         row = pool.index_select(0, slot)
         state = row.float() if initial[r] else torch.zeros_like(row, dtype=torch.float32)

@@ -33,11 +33,15 @@ def local_sizes(config: Any, tensor_parallel_size: int) -> FormConfig:
     )
 
 
-def recurrent_dtype(vllm_config: VllmConfig) -> torch.dtype:
+def recurrent_dtype(form: Form, vllm_config: VllmConfig) -> torch.dtype:
     """dtype the recurrent state is stored in; it is computed in float32 whatever this is.
 
-    `--mamba-ssm-cache-dtype` decides, else `--mamba-cache-dtype`, else the checkpoint's dtr.state_dtype.
+    `--mamba-ssm-cache-dtype` decides, else `--mamba-cache-dtype`, else the checkpoint's dtr.state_dtype. A form whose
+    state is a plain sum (rule "linear") keeps float32 always: nothing decays, and bfloat16, with 8 bits, would stop
+    counting after some hundreds of tokens.
     """
+    if form.rule == "linear":
+        return torch.float32
     cache = vllm_config.cache_config
     for name in (cache.mamba_ssm_cache_dtype, cache.mamba_cache_dtype):
         if name != "auto":
@@ -56,11 +60,12 @@ class StatePage:
     def of(cls, form: Form, vllm_config: VllmConfig) -> StatePage:
         """Lay out the parts of `form.state_spec` one after another, each on an aligned offset.
 
-        Window keys and values are kept in the model's dtype, the recurrent state in `recurrent_dtype`.
+        Rows of keys and values (window, convolution) are kept in the model's dtype, the recurrent state in
+        `recurrent_dtype`.
         """
         parts, offset = {}, 0
         for name, spec in form.state_spec(vllm_config.model_config.dtype).items():
-            dtype = recurrent_dtype(vllm_config) if name == "recurrent" else spec.dtype
+            dtype = recurrent_dtype(form, vllm_config) if name == "recurrent" else spec.dtype
             parts[name] = (offset, tuple(spec.shape), dtype)
             size = prod(spec.shape) * dtype.itemsize
             offset += -(-size // ALIGNMENT) * ALIGNMENT

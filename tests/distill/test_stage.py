@@ -8,10 +8,13 @@ import torch
 from dtr_deploy.distill import stage as stage_module
 from dtr_deploy.distill.calibrate import LONGEST, teacher_statistics
 from dtr_deploy.distill.evaluate import window_only
+from dtr_deploy.distill.narrow_teacher import NarrowTeacher
 from dtr_deploy.distill.stage import DistillSettings, distill, load_twins
 from dtr_deploy.distill.teacher import attention_activations
 from dtr_deploy.hybrid.mixer import HybridMixer
 from dtr_deploy.hybrid.model import make_hybrid
+from dtr_deploy.hybrid.precision import products_in
+from dtr_kernels.forms import FORMS
 from tests.tiny import FAMILIES, tiny_backbone
 
 SETTINGS = DistillSettings(tokens=8 * 4 * 48, batch_size=4, warmup_steps=2, checkpoint_seconds=0.0)
@@ -40,6 +43,24 @@ def test_activations_are_the_teachers(family):
     block = backbone.model.layers[1]
     after = hidden[1] + seen.outputs[1]
     torch.testing.assert_close(after + block.mlp(block.post_attention_layernorm(after)), hidden[2])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_narrow_products_are_no_further_from_the_teacher_than_autocasts(family):
+    backbone, ids = tiny_backbone(family), text(2)
+    exact = attention_activations(backbone, ids, [1, 3])
+    with products_in(torch.bfloat16, "cpu"):
+        autocast = attention_activations(backbone, ids, [1, 3])
+    assert NarrowTeacher.fits(backbone)
+    narrow = NarrowTeacher(backbone, [1, 3])(ids)
+    assert sorted(narrow.inputs) == sorted(narrow.outputs) == [1, 3]
+    for ours, theirs, truth in (
+        (narrow.inputs, autocast.inputs, exact.inputs),
+        (narrow.outputs, autocast.outputs, exact.outputs),
+    ):
+        for layer in (1, 3):
+            error, other = ((x[layer].float() - truth[layer]).norm() / truth[layer].norm() for x in (ours, theirs))
+            assert 0 < error < max(1.5 * other, 1e-2)
 
 
 def test_statistics_of_a_teacher_whose_attention_is_known():
@@ -83,7 +104,8 @@ def test_window_only_control_equals_the_teacher_within_the_window():
 def test_training_brings_twins_closer_and_reports_it(tmp_path):
     backbone = tiny_backbone("qwen3")
     before = {n: p.clone() for n, p in backbone.state_dict().items()}
-    result = run(tmp_path, backbone)
+    result = run(tmp_path, backbone, forms=tuple(FORMS))
+    assert {r.form for r in result.reports} == set(FORMS)
     assert {(r.layer, r.form) for r in result.reports} == set(result.files)
     for report in result.reports:
         assert report.trained.relative_error < report.start.relative_error

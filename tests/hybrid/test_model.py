@@ -7,9 +7,12 @@ from transformers import AutoModelForCausalLM
 from dtr_deploy.errors import UsageError
 from dtr_deploy.hybrid.layout import describe, full
 from dtr_deploy.hybrid.model import load_hybrid, make_hybrid, save_hybrid
+from dtr_kernels.forms import FORMS
 from tests.tiny import FAMILIES, tiny_backbone, tiny_hybrid, tiny_tokenizer
 
 MIXED = (None, "gated_deltanet", "gla", "gated_deltanet")
+OTHERS = (None, "jet", "hedgehog", "jet")
+LAYOUTS = pytest.mark.parametrize("layout", [MIXED, OTHERS], ids=["deltanet-gla", "jet-hedgehog"])
 
 
 def tokens(batch, length, seed=0):
@@ -39,26 +42,40 @@ def linear_layer_from_equations(mixer, hidden, theta):
         q, k = rms(q, w["q_norm.weight"]), rms(k, w["k_norm.weight"])
     q, k = rope(q, theta), rope(k, theta)
     sigmoid = torch.sigmoid
+    name = mixer.form.name
     group, dim, out = c.num_heads // c.num_kv_heads, c.head_dim, []
     state = torch.zeros(c.num_kv_heads, dim, dim, dtype=torch.float64)
     unit = lambda x: x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()  # noqa: E731
+    silu = lambda x: x / (1 + torch.exp(-x))  # noqa: E731
     for t in range(len(hidden)):
-        h = hidden[t]
-        if mixer.form.name == "gated_deltanet":
+        h, value = hidden[t], v[t]
+        if name == "jet":
+            taps = w["form.tap_weight"] @ silu(w["form.tap_down.weight"] @ h) + w["form.tap_bias"]
+            taps = taps.view(4, c.num_kv_heads, dim)
+            value = sum(taps[3 - back] * v[t - back] for back in range(min(4, t + 1)))
+        if name in ("gated_deltanet", "jet"):
             rate = torch.log1p(torch.exp(w["form.decay_proj.weight"] @ h + w["form.decay_proj.bias"]))
             decay = torch.exp(-w["form.decay_log_rate"].exp() * rate)[:, None, None]
             beta = sigmoid(w["form.beta_proj.weight"] @ h + w["form.beta_proj.bias"])
             key, query = unit(k[t]), unit(q[t])
             state = decay * state
             read = torch.einsum("hkv,hk->hv", state, key)
-            state = state + torch.einsum("hk,hv->hkv", key, beta[:, None] * (v[t] - read))
-        else:
+            state = state + torch.einsum("hk,hv->hkv", key, beta[:, None] * (value - read))
+        elif name == "gla":
             logit = w["form.decay_up.weight"] @ (w["form.decay_down.weight"] @ h) + w["form.decay_up.bias"]
             decay = sigmoid(logit).pow(1 / 16).view(c.num_kv_heads, dim, 1)
             key, query = k[t], q[t]
-            state = decay * state + torch.einsum("hk,hv->hkv", key, v[t])
-        linear = torch.einsum("hkv,hk->hv", state.repeat_interleave(group, 0), query) / dim**0.5
-        linear = linear / (linear.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w["form.out_gain"]
+            state = decay * state + torch.einsum("hk,hv->hkv", key, value)
+        if name == "hedgehog":
+            # No state at all: the weights of every token seen so far, and their mean of values.
+            x = torch.einsum("hd,hdf->hf", q[t], w["form.query_map"])
+            y = torch.einsum("jhd,hdf->jhf", k[: t + 1], w["form.key_map"]).repeat_interleave(group, 1)
+            weights = sum(torch.einsum("hf,jhf->hj", (s * x).softmax(-1), (s * y).softmax(-1)) for s in (1, -1))
+            mean = weights / weights.sum(-1, keepdim=True)
+            linear = torch.einsum("hj,jhd->hd", mean, v[: t + 1].repeat_interleave(group, 1)) * w["form.out_gain"]
+        else:
+            linear = torch.einsum("hkv,hk->hv", state.repeat_interleave(group, 0), query) / dim**0.5
+            linear = linear / (linear.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w["form.out_gain"]
         if c.window:
             first = max(0, t - c.window + 1)
             keys, values = (x[first : t + 1].repeat_interleave(group, 1) for x in (k, v))
@@ -71,7 +88,7 @@ def linear_layer_from_equations(mixer, hidden, theta):
 
 
 @pytest.mark.parametrize("window", [0, 16])
-@pytest.mark.parametrize("form", ["gated_deltanet", "gla"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mixer_equals_its_equations(family, form, window):
     model = tiny_hybrid(family, (None, form), window, group=3)
@@ -93,24 +110,26 @@ def test_no_layer_replaced_is_the_backbone(family):
     assert torch.equal(hybrid(ids).logits, backbone(ids).logits)
 
 
+@LAYOUTS
 @pytest.mark.parametrize("family", FAMILIES)
-def test_cached_calls_equal_one_call(family):
-    model, ids = tiny_hybrid(family, MIXED), tokens(2, 150)
+def test_cached_calls_equal_one_call(family, layout):
+    model, ids = tiny_hybrid(family, layout), tokens(2, 150)
     whole = model(ids).logits
     first = model(ids[:, :100], use_cache=True)
     cache = first.past_key_values
     parts = [first.logits, *(model(ids[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in
-                             ((100, 101), (101, 149), (149, 150)))]  # fmt: skip
+                             ((100, 101), (101, 103), (103, 149), (149, 150)))]  # fmt: skip
     # logits have a standard deviation of about 5; float32 sums in another order
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=2e-4)
 
 
+@LAYOUTS
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("window", [0, 64])
-def test_padded_batch_equals_single_rows(side, window):
-    model, ids = tiny_hybrid("llama", MIXED, window), tokens(3, 90)
-    lengths, total = (90, 7, 66), 90
-    padded, mask = torch.zeros(3, total, dtype=torch.long), torch.zeros(3, total, dtype=torch.long)
+def test_padded_batch_equals_single_rows(side, window, layout):
+    model, ids = tiny_hybrid("llama", layout, window), tokens(4, 90)
+    lengths, total = (90, 7, 66, 2), 90
+    padded, mask = torch.zeros(4, total, dtype=torch.long), torch.zeros(4, total, dtype=torch.long)
     for row, n in enumerate(lengths):
         where = slice(total - n, total) if side == "left" else slice(0, n)
         padded[row, where], mask[row, where] = ids[row, :n], 1
@@ -121,8 +140,25 @@ def test_padded_batch_equals_single_rows(side, window):
         torch.testing.assert_close(logits[row, mask[row].bool()], alone, rtol=0, atol=2e-4)
 
 
-def test_generate_in_a_left_padded_batch_equals_single_runs():
-    model, ids = tiny_hybrid("qwen2", MIXED), tokens(2, 80)
+@LAYOUTS
+@pytest.mark.parametrize("window", [0, 64])
+def test_states_of_a_right_padded_batch_are_those_of_its_last_tokens(window, layout):
+    """Two prompts of unequal length in one call, then more tokens for both: as if each were alone."""
+    model, ids = tiny_hybrid("qwen2", layout, window), tokens(3, 60)
+    lengths, first, more = (50, 2, 21), 50, 5
+    mask = (torch.arange(first)[None] < torch.tensor(lengths)[:, None]).long()
+    cache = model(ids[:, :first] * mask, attention_mask=mask, use_cache=True).past_key_values
+    positions = torch.tensor(lengths)[:, None] + torch.arange(more)
+    mask = torch.cat([mask, torch.ones(3, more, dtype=torch.long)], 1)
+    later = model(ids[:, first : first + more], attention_mask=mask, position_ids=positions, past_key_values=cache)
+    for row, n in enumerate(lengths):
+        alone = model(torch.cat([ids[row : row + 1, :n], ids[row : row + 1, first : first + more]], 1)).logits[0]
+        torch.testing.assert_close(later.logits[row], alone[n:], rtol=0, atol=2e-4)
+
+
+@LAYOUTS
+def test_generate_in_a_left_padded_batch_equals_single_runs(layout):
+    model, ids = tiny_hybrid("qwen2", layout), tokens(2, 80)
     padded = torch.cat([torch.zeros(1, 30, dtype=torch.long), ids[1:, :50]], 1)
     batch, mask = torch.cat([ids[:1], padded]), torch.ones(2, 80, dtype=torch.long)
     mask[1, :30] = 0
@@ -132,9 +168,10 @@ def test_generate_in_a_left_padded_batch_equals_single_runs():
     assert torch.equal(together[1], model.generate(ids[1:, :50], **settings)[0, 50:])
 
 
-def test_beam_search_reorders_states():
+@LAYOUTS
+def test_beam_search_reorders_states(layout):
     """Each beam's score has to be what the model gives its tokens without a cache."""
-    model, ids = tiny_hybrid("llama", MIXED), tokens(1, 40)
+    model, ids = tiny_hybrid("llama", layout), tokens(1, 40)
     out = model.generate(
         ids, max_new_tokens=6, num_beams=4, num_return_sequences=4, do_sample=False, eos_token_id=None,
         length_penalty=0.0, return_dict_in_generate=True, output_scores=True,
@@ -144,9 +181,10 @@ def test_beam_search_reorders_states():
     torch.testing.assert_close(out.sequences_scores, sums, rtol=0, atol=2e-3)
 
 
+@LAYOUTS
 @pytest.mark.parametrize("family", FAMILIES)
-def test_saved_and_loaded_is_the_same_model(family, tmp_path):
-    model, ids = tiny_hybrid(family, MIXED), tokens(1, 70)
+def test_saved_and_loaded_is_the_same_model(family, layout, tmp_path):
+    model, ids = tiny_hybrid(family, layout), tokens(1, 70)
     save_hybrid(model, tiny_tokenizer(), tmp_path)
     loaded, tokenizer = load_hybrid(tmp_path)
     assert torch.equal(loaded(ids).logits, model(ids).logits)
@@ -155,8 +193,9 @@ def test_saved_and_loaded_is_the_same_model(family, tmp_path):
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
 
 
-def test_form_parameters_stay_float32_in_bfloat16(tmp_path):
-    save_hybrid(tiny_hybrid("llama", MIXED), None, tmp_path)
+@LAYOUTS
+def test_form_parameters_stay_float32_in_bfloat16(layout, tmp_path):
+    save_hybrid(tiny_hybrid("llama", layout), None, tmp_path)
     model, _ = load_hybrid(tmp_path, torch.bfloat16)
     dtypes = {".form." in name: p.dtype for name, p in model.named_parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
@@ -180,12 +219,13 @@ def test_twin_weights_are_used():
         make_hybrid(backbone, (None, None, "gla", None), 64, {(1, "gla"): weights})
 
 
-def test_state_does_not_grow_with_the_context():
-    model = tiny_hybrid("llama", (None, "gla"), 64)
+@pytest.mark.parametrize("form", FORMS)
+def test_state_does_not_grow_with_the_context(form):
+    model = tiny_hybrid("llama", (None, form), 64)
     bytes_at = []
     for length in (100, 1000):
         layer = model(tokens(1, length), use_cache=True).past_key_values.layers[1]
-        bytes_at.append(sum(s.nbytes for s in layer.recurrent_states.values()))
+        bytes_at.append(sum(s.nbytes for s in layer.recurrent_states.values() if s is not None))
     assert bytes_at[0] == bytes_at[1]
 
 

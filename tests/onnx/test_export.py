@@ -38,6 +38,36 @@ def test_inputs_of_a_hybrid(exported):
     assert "past_key_values.0.key" in shapes and "past_key_values.1.key" not in shapes
 
 
+@pytest.mark.parametrize(
+    ("forms", "window", "recurrent", "conv"),
+    (
+        (("gla", "jet"), 64, [32, 32], [64, 128]),
+        (("gla", "jet"), 2, [32, 32], [3, 128]),
+        (("gla", "jet"), 0, [32, 32], [3, 64]),
+        (("gla", "hedgehog"), 0, [64, 64], [1, 1]),
+        (("hedgehog", "jet"), 0, [64, 64], [3, 64]),
+    ),
+)
+def test_states_of_all_layers_have_the_shape_that_the_largest_form_needs(forms, window, recurrent, conv, exported):
+    _, folder = exported("llama", (None, *forms), window)
+    for values, prefix in ((graph_of(folder).input, "past"), (graph_of(folder).output, "present")):
+        shapes = {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim][1:] for value in values}
+        for layer in (1, 2):
+            assert shapes[f"{prefix}.{layer}.recurrent"] == [2, *recurrent]
+            assert shapes[f"{prefix}.{layer}.conv"] == conv
+
+
+def test_small_projections_of_all_forms_stay_out_of_quantization(exported):
+    _, folder = exported("llama", (None, "jet", "hedgehog"), precision="int4")
+    matmuls = {node.name for node in graph_of(folder).node if node.op_type == "MatMul"}
+    assert matmuls == {
+        "/model/layers.1/attn/jet/gates/MatMul",
+        "/model/layers.1/attn/jet/taps/down/MatMul",
+        "/model/layers.1/attn/jet/taps/up/MatMul",
+        "/model/layers.2/attn/hedgehog/maps/MatMul",
+    }
+
+
 def test_gates_stay_out_of_quantization(exported):
     _, folder = exported(precision="int4")
     matmuls = {node.name for node in graph_of(folder).node if node.op_type == "MatMul"}

@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 
 from dtr_deploy.engines.torch import TorchEngine
+from dtr_kernels.forms import FORMS
 
 FAMILIES = ("llama", "qwen2", "qwen3")
-FORMS = ("gated_deltanet", "gla")
+MIXED = (None, "gated_deltanet", "gla", "gated_deltanet")
+# Forms whose states differ in shape, and so share the largest.
+OTHERS = (None, "jet", "hedgehog", "gla")
 # Both sum float32 products in other orders: 1e-5 of log-probabilities that reach -40. The gate of a build is 1e-3.
 TOLERANCE = 2e-4
 
@@ -25,9 +28,10 @@ def test_scores_equal_hugging_face(family, form, window, group, exported, engine
     assert largest_difference(engine(folder).score(texts), TorchEngine(model).score(texts)) < TOLERANCE
 
 
+@pytest.mark.parametrize("forms", (MIXED, OTHERS))
 @pytest.mark.parametrize("length", (1, 2, 63, 64, 65, 127, 128, 129, 200))
-def test_every_block_border_of_the_window(length, exported, engine, prompts):
-    model, folder = exported()
+def test_every_block_border_of_the_window(length, forms, exported, engine, prompts):
+    model, folder = exported("llama", forms)
     texts = prompts(length)
     assert largest_difference(engine(folder).score(texts), TorchEngine(model).score(texts)) < TOLERANCE
 
@@ -40,15 +44,20 @@ def test_group_sizes_without_a_fast_kernel(group, exported, engine, prompts):
     assert largest_difference(engine(folder).score(texts), TorchEngine(model).score(texts)) < TOLERANCE
 
 
-@pytest.mark.parametrize("window", (1, 5))
-def test_small_windows(window, exported, engine, prompts):
-    model, folder = exported("llama", (None, "gated_deltanet"), window)
+@pytest.mark.parametrize("forms", ((None, "gated_deltanet"), OTHERS))
+@pytest.mark.parametrize("window", (0, 1, 2, 3, 5))
+def test_small_windows(window, forms, exported, engine, prompts):
+    """A convolution wants 3 rows: none, fewer and as many as the window keeps."""
+    model, folder = exported("llama", forms, window)
     texts = prompts(1, 4, 5, 6, 33)
     assert largest_difference(engine(folder).score(texts), TorchEngine(model).score(texts)) < TOLERANCE
 
 
-def test_first_layer_linear_and_last_layer_full(exported, engine, prompts):
-    model, folder = exported("qwen2", ("gla", "gated_deltanet", None))
+@pytest.mark.parametrize(
+    "forms", (("gla", "gated_deltanet", None), ("hedgehog", "jet", None), ("gla", "hedgehog", None))
+)
+def test_first_layer_linear_and_last_layer_full(forms, exported, engine, prompts):
+    model, folder = exported("qwen2", forms)
     texts = prompts(90)
     assert largest_difference(engine(folder).score(texts), TorchEngine(model).score(texts)) < TOLERANCE
 
@@ -67,8 +76,9 @@ def test_top_ids_and_their_log_probabilities(exported, engine, prompts):
     assert (ours.top_ids[:, 0] == theirs.top_ids[:, 0]).all()
 
 
+@pytest.mark.parametrize("forms", (MIXED, OTHERS))
 @pytest.mark.parametrize("precision", ("int8", "int4"))
-def test_quantized_is_close(precision, exported, engine, prompts):
+def test_quantized_is_close(precision, forms, exported, engine, prompts):
     """Mean KL from the fp32 export, against what quantizing the unreplaced backbone of the same random weights costs.
 
     Random weights quantize badly at 4 bits, backbone or hybrid alike, hence the comparison: twice the backbone's for
@@ -84,7 +94,7 @@ def test_quantized_is_close(precision, exported, engine, prompts):
             np.mean([_kl(a, b, row) for a, b in zip(full, quantized, strict=True) for row in range(len(a.logprobs))])
         )
 
-    assert divergence((None, "gated_deltanet", "gla", "gated_deltanet")) < 2 * divergence(None) + 0.01
+    assert divergence(forms) < 2 * divergence(None) + 0.01
 
 
 def _kl(a, b, row: int) -> float:

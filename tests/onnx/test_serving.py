@@ -14,10 +14,15 @@ from dtr_deploy.errors import UsageError
 LENGTHS = (1, 7, 63, 64, 65, 130)
 # Reordered float32 sums, as in test_parity.
 TOLERANCE = 2e-4
+# Plain states, and states that are the larger of what several forms need.
+LAYOUTS = pytest.mark.parametrize(
+    "forms", ((None, "gated_deltanet", "gla", "gated_deltanet"), (None, "gla", "hedgehog", "jet"))
+)
 
 
-def test_ragged_batch_scores_as_single_prompts(exported, engine, prompts):
-    _, folder = exported("qwen2")
+@LAYOUTS
+def test_ragged_batch_scores_as_single_prompts(forms, exported, engine, prompts):
+    _, folder = exported("qwen2", forms)
     texts = prompts(*LENGTHS)
     together = engine(folder).score(texts)
     for text, score in zip(texts, together, strict=True):
@@ -25,17 +30,19 @@ def test_ragged_batch_scores_as_single_prompts(exported, engine, prompts):
         np.testing.assert_allclose(score.logprobs, alone.logprobs, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("window", (0, 64))
-def test_decoding_after_a_ragged_batch(window, exported, engine, prompts):
+@LAYOUTS
+@pytest.mark.parametrize("window", (0, 2, 64))
+def test_decoding_after_a_ragged_batch(window, forms, exported, engine, prompts):
     """The states of a padded row must be those at its last real token."""
-    model, folder = exported("qwen3", window=window)
+    model, folder = exported("qwen3", forms, window)
     texts = prompts(*LENGTHS)
     assert engine(folder).generate(texts, 70) == TorchEngine(model).generate(texts, 70)
 
 
-@pytest.mark.parametrize("chunk", (1, 5, 64, 100))
-def test_prefill_split_over_calls(chunk, exported, engine, prompts):
-    _, folder = exported()
+@LAYOUTS
+@pytest.mark.parametrize("chunk", (1, 2, 5, 64, 100))
+def test_prefill_split_over_calls(chunk, forms, exported, engine, prompts):
+    _, folder = exported("llama", forms)
     texts = prompts(1, 64, 65, 130)
     whole = engine(folder).score(texts)
     split = engine(folder, prefill_chunk=chunk).score(texts)
@@ -43,15 +50,17 @@ def test_prefill_split_over_calls(chunk, exported, engine, prompts):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=TOLERANCE)
 
 
-def test_batch_filled_row_by_row_decodes_alike(exported, engine, prompts):
-    _, folder = exported()
+@LAYOUTS
+def test_batch_filled_row_by_row_decodes_alike(forms, exported, engine, prompts):
+    _, folder = exported("llama", forms)
     texts = prompts(30, 90, 131)
     assert engine(folder, prefill_chunk=40).generate(texts, 12) == engine(folder).generate(texts, 12)
 
 
+@LAYOUTS
 @pytest.mark.parametrize("family", ("llama", "qwen2", "qwen3"))
-def test_genai_generates_what_hugging_face_does(family, exported, prompts):
-    model, folder = exported(family)
+def test_genai_generates_what_hugging_face_does(family, forms, exported, prompts):
+    model, folder = exported(family, forms)
     texts = prompts(1, 64, 130)
     assert GenaiEngine(folder, "fp32", threads=1).generate(texts, 40) == TorchEngine(model).generate(texts, 40)
 
@@ -67,8 +76,9 @@ def test_genai_batch(exported, prompts):
         assert ours[:end] == theirs[:end]
 
 
-def test_genai_runs_a_model_without_a_window(exported, prompts):
-    model, folder = exported(window=0)
+@LAYOUTS
+def test_genai_runs_a_model_without_a_window(forms, exported, prompts):
+    model, folder = exported("llama", forms, 0)
     texts = prompts(70)
     assert GenaiEngine(folder, "fp32", threads=1).generate(texts, 20) == TorchEngine(model).generate(texts, 20)
 

@@ -11,7 +11,7 @@ from dtr_deploy.tasks.scoring import hidden_states, plan_batches
 from tests.tiny import randomise_forms, tiny_backbone
 
 LAYERS, WINDOW = 5, 16
-FORMS = ("gated_deltanet", "gla")
+FORMS = ("gated_deltanet", "gla", "jet", "hedgehog")
 # Same modules, shapes and masks, but the model may take another SDPA path for an all-ones mask: float32 rounding.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -47,6 +47,7 @@ LAYOUTS = [
     ("gla", None, "gated_deltanet", None, None),
     ("gla", "gated_deltanet", "gated_deltanet", "gla", None),
     (None, None, None, "gated_deltanet", None),
+    ("jet", None, "hedgehog", "jet", None),
 ]
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from dtr_kernels.forms import FORMS
 from tests.tiny import tiny_hybrid
 
 pytestmark = pytest.mark.vllm
@@ -11,7 +12,7 @@ pytestmark = pytest.mark.vllm
 # roundings of such a value, and the difference a wrong token, border or stale state makes is 0.1 and more.
 TOLERANCE = 1e-3
 NEW_TOKENS = 6
-MIXED = (None, "gated_deltanet", "gla", "gated_deltanet", None, "gla")
+MIXED = (None, "gated_deltanet", "hedgehog", "jet", None, "gla")
 
 
 def assert_same(served, reference, model, prompts):
@@ -24,7 +25,7 @@ def assert_same(served, reference, model, prompts):
 
 @pytest.mark.parametrize("group", [1, 3, 4])
 @pytest.mark.parametrize("window", [0, 64])
-@pytest.mark.parametrize("form", ["gated_deltanet", "gla"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_every_combination(serve, hugging_face_distributions, prompts, family, form, window, group):
     # Qwen2 in vLLM takes the head size from hidden_size, so it has to be heads times head_dim (32).
@@ -34,7 +35,7 @@ def test_every_combination(serve, hugging_face_distributions, prompts, family, f
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_both_forms_in_one_model(serve, hugging_face_distributions, prompts, family):
+def test_all_forms_in_one_model(serve, hugging_face_distributions, prompts, family):
     model = tiny_hybrid(family, MIXED, 64, 3, hidden=192)
     with serve(model) as served:
         assert_same(served, hugging_face_distributions, model, prompts)

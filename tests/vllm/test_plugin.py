@@ -7,11 +7,14 @@ import torch
 
 import dtr_vllm
 from dtr_deploy.hybrid.config import hybrid_config
+from dtr_kernels.conv import dynamic_conv
 from dtr_kernels.forms import FORMS, FormConfig, make_form
 from dtr_kernels.operator import linear_attention
 from tests.tiny import tiny_backbone, tiny_hybrid
 
 pytestmark = pytest.mark.vllm
+
+SIZES = FormConfig(192, 6, 2, 32, window=64)
 
 
 def vllm_config(model_config=None, **changes):
@@ -86,7 +89,9 @@ def test_unknown_form_is_refused(serve):
     from dtr_vllm.model import refuse_unsupported
 
     config = hybrid_config(tiny_backbone("llama").config, (None, "mamba", None, None), 64)
-    with pytest.raises(ValueError, match=r"dtr\.forms\[1\] is 'mamba': accepted are null, gated_deltanet, gla"):
+    with pytest.raises(
+        ValueError, match=r"dtr\.forms\[1\] is 'mamba': accepted are null, gated_deltanet, gla, jet, hedgehog"
+    ):
         refuse_unsupported(vllm_config(config))
 
 
@@ -108,7 +113,10 @@ def test_a_refusal_stops_the_start_of_an_engine(serve):
 def test_dtype_flags_of_the_recurrent_state(serve, ssm, mamba, expected):
     from dtr_vllm.layout import recurrent_dtype
 
-    assert recurrent_dtype(vllm_config(mamba_ssm_cache_dtype=ssm, mamba_cache_dtype=mamba)) == expected
+    config = vllm_config(mamba_ssm_cache_dtype=ssm, mamba_cache_dtype=mamba)
+    form_dtypes = {name: recurrent_dtype(make_form(name, SIZES), config) for name in FORMS}
+    # A sum over all tokens cannot be kept in 8 bits.
+    assert form_dtypes == dict.fromkeys(FORMS, expected) | {"hedgehog": torch.float32}
 
 
 def test_state_page_views_are_apart_and_share_the_page(serve):
@@ -116,7 +124,7 @@ def test_state_page_views_are_apart_and_share_the_page(serve):
     from dtr_vllm.layout import ALIGNMENT, StatePage, page_size
 
     config = vllm_config(mamba_ssm_cache_dtype="float32")
-    form = make_form("gated_deltanet", FormConfig(192, 6, 2, 32, window=64))
+    form = make_form("gated_deltanet", SIZES)
     page = StatePage.of(form, config)
     assert page.size == page_size(config) == 2 * 32 * 32 * 4 + 2 * (64 * 2 * 32 * 2)
     assert all(offset % ALIGNMENT == 0 for offset, _, _ in page.parts.values())
@@ -135,11 +143,26 @@ def test_state_page_views_are_apart_and_share_the_page(serve):
     assert padded[:, page.size :].count_nonzero() == 0
 
 
+def test_pages_are_as_large_as_the_largest_form_needs(serve):
+    from dtr_vllm.layout import StatePage, page_size
+
+    config = vllm_config(hybrid_config(tiny_backbone("llama", hidden=192).config, (None, "jet", "hedgehog", "gla"), 64))
+    window, rows = 2 * (64 * 2 * 32 * 2), 3 * 2 * 32 * 2
+    sizes = {name: StatePage.of(make_form(name, SIZES), config).size for name in FORMS}
+    assert sizes == {
+        "gla": 2 * 32 * 32 * 4 + window,
+        "gated_deltanet": 2 * 32 * 32 * 4 + window,
+        "jet": 2 * 32 * 32 * 4 + rows + window,
+        "hedgehog": 2 * 64 * 33 * 4 + window,
+    }
+    assert page_size(config) == sizes["hedgehog"]
+
+
 @pytest.mark.parametrize(("kv_heads", "ranks"), [(2, 2), (4, 2), (2, 4), (1, 4)])
 @pytest.mark.parametrize("name", FORMS)
 def test_tensor_parallel_ranks_together_are_the_whole_form(serve, monkeypatch, name, kv_heads, ranks):
     """Each rank loads its heads (kv heads repeated when there are more ranks) and computes that part of the output."""
-    from dtr_vllm import model
+    from dtr_vllm import mixer
 
     heads, dim, hidden_size, tokens = 8, 32, 48, 40
     whole = make_form(name, FormConfig(hidden_size, heads, kv_heads, dim, window=16))
@@ -152,20 +175,21 @@ def test_tensor_parallel_ranks_together_are_the_whole_form(serve, monkeypatch, n
     hidden, window = torch.randn(1, tokens, hidden_size), torch.randn(1, tokens, heads, dim)
 
     def run(form, q, k, v, window):
-        o = form.operands(q, k, v, hidden)
+        taps = form.taps(hidden)
+        o = form.operands(q, k, v if taps is None else dynamic_conv(v, taps)[0], hidden)
         out, _ = linear_attention(o.q, o.k, o.v, rule=form.rule, log_decay=o.log_decay, beta=o.beta, scale=form.scale)
         return form.mix(form.readout(out, hidden), window)
 
     parts = []
     local_heads, local_kv = heads // ranks, max(1, kv_heads // ranks)
     for rank in range(ranks):
-        monkeypatch.setattr(model, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
-        monkeypatch.setattr(model, "get_tensor_model_parallel_world_size", lambda: ranks)
+        monkeypatch.setattr(mixer, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(mixer, "get_tensor_model_parallel_world_size", lambda: ranks)
         form = make_form(name, FormConfig(hidden_size, local_heads, local_kv, dim, window=16))
-        model.shard_form_weights(form, kv_heads)
+        mixer.shard_form_weights(form, kv_heads)
         weights = dict(whole.named_parameters())
         for key, parameter in form.named_parameters():
-            getattr(parameter, "weight_loader", model.default_weight_loader)(parameter, weights[key].detach())
+            getattr(parameter, "weight_loader", mixer.default_weight_loader)(parameter, weights[key].detach())
         q_part = slice(rank * local_heads, (rank + 1) * local_heads)
         first_kv = rank * kv_heads // ranks
         kv_part = slice(first_kv, first_kv + local_kv)

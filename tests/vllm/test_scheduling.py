@@ -8,7 +8,7 @@ from tests.tiny import tiny_hybrid
 
 pytestmark = pytest.mark.vllm
 
-FORMS = (None, "gated_deltanet", "gla", None)
+FORMS = (None, "gated_deltanet", "gla", "jet", "hedgehog", None)
 NEW_TOKENS = 12
 TOLERANCE = 1e-3  # as in test_parity.py
 
@@ -83,7 +83,7 @@ def test_preempted_requests_start_over(serve, model):
     prompts = random_prompts([100, 120, 110, 90], seed=13)
     new_tokens = 60
     # A page holds 128 tokens of attention or one state. There are enough for the four prompts, until they grow.
-    with serve(model, kv_cache_memory_bytes=1_200_000, max_model_len=512, disable_log_stats=False) as served:
+    with serve(model, kv_cache_memory_bytes=1_600_000, max_model_len=512, disable_log_stats=False) as served:
         outputs = served.run(prompts, new_tokens)
     assert sum(o.metrics.num_preemptions for o in outputs) > 0, "nothing was preempted: the pool is too large"
     assert [list(o.outputs[0].token_ids) for o in outputs] == alone(model, prompts, new_tokens)

@@ -13,7 +13,7 @@ from onnxruntime_genai.models.builders.llama import LlamaModel
 from onnxruntime_genai.models.builders.qwen import Qwen3Model, QwenModel
 
 from dtr_deploy.export.onnx.graph import Graph
-from dtr_deploy.export.onnx.mixer import Shared, make_mixer, make_shared
+from dtr_deploy.export.onnx.mixer import Shared, StateShapes, make_mixer, make_shared
 
 if TYPE_CHECKING:
     from onnxruntime_genai.models.builders.base import Model as Base
@@ -27,8 +27,8 @@ OPSET = 23
 class HybridBuilder(Base):
     """Mixin over a builder. `model` (in memory) and `window` are given; everything else is the base's.
 
-    In a hybrid the states of layer N are `past.N.recurrent` [batch, Hkv, D, D] and `past.N.conv`, float32; the latter
-    is the window's cache [batch, W, 2*Hkv*D], or an unused [batch, 1, 1] without a window.
+    In a hybrid the states of layer N are `past.N.recurrent` [batch, Hkv, Dk, Dv] and `past.N.conv` (`rows.py`), both
+    float32 and as large as the largest that any of the model's forms needs.
     """
 
     def __init__(self, model: Any, window: int, *args: Any) -> None:
@@ -47,10 +47,18 @@ class HybridBuilder(Base):
         super().make_outputs_init()
         self._set_state_io(self.output_shapes, self.output_types, "present")
 
+    def _forms(self) -> dict[int, Any]:
+        """Forms of the linear layers, by layer."""
+        layers = enumerate(self.source.model.layers)
+        return {i: layer.self_attn.form for i, layer in layers if self.layer_types[i] == "linear_attention"}
+
+    def _states(self) -> StateShapes:
+        return StateShapes.of(self._forms().values(), self.window, self.num_kv_heads, self.head_size)
+
     def _set_state_io(self, shapes: dict, types: dict, prefix: str) -> None:
-        kv_heads, dim = self.num_kv_heads, self.head_size
-        shapes[f"{prefix}.recurrent"] = ["batch_size", kv_heads, dim, dim]
-        shapes[f"{prefix}.conv"] = ["batch_size", *([self.window, 2 * kv_heads * dim] if self.window else [1, 1])]
+        states = self._states()
+        shapes[f"{prefix}.recurrent"] = ["batch_size", *states.recurrent]
+        shapes[f"{prefix}.conv"] = ["batch_size", states.rows.count, states.rows.width]
         for kind in ("recurrent", "conv"):
             types[f"{prefix}.{kind}"] = ir.DataType.FLOAT
 
@@ -71,10 +79,8 @@ class HybridBuilder(Base):
             super().make_attention(layer_id, attention, root_input, **kwargs)
             return
         if self._shared is None:
-            layers = enumerate(self.source.model.layers)
-            forms = {i: layer.self_attn.form for i, layer in layers if self.layer_types[i] == "linear_attention"}
-            self._shared = make_shared(self.writer, forms, self.window)
-        make_mixer(self, self.writer, layer_id, attention, root_input, self._shared, self.window)
+            self._shared = make_shared(self.writer, self._forms(), self._states())
+        make_mixer(self, self.writer, layer_id, attention, root_input, self._shared)
 
 
 class HybridLlama(HybridBuilder, LlamaModel):

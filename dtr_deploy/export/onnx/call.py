@@ -82,14 +82,12 @@ class Blocks:
     keys: int64 [B*N, W+C, 2], (b, row) of each block's keys, clipped at the last row; what is clipped is never visible.
     queries: int64 [B*N, C, 2], (b, t) of each block's queries, clipped at T-1; what is clipped is dropped by `tokens`.
     tokens: int64 [B, T, 2], (block, query in it) of each token.
-    kept: int64 [B, W, 1], rows of the next call's cache (batch_dims 1): the W that end at a row's last real token.
     visible: float32 [B*N, 1, C, W+C], 0 where query i may see key j, HIDDEN_KEY elsewhere.
     """
 
     keys: str
     queries: str
     tokens: str
-    kept: str
     visible: str
 
 
@@ -151,10 +149,6 @@ def make_blocks(graph: Graph, call: Call, window: int) -> Blocks:
     )
     tokens = node("Add", [of_token, in_block], "tokens", [*LEAD, 2])
 
-    ages = graph.initializer(torch.arange(window), "model.window.rows", INT64)
-    kept = node("Add", [call.real_count, ages], "kept", ["batch_size", window])
-    kept = node("Unsqueeze", [kept, int64([2])], "kept", ["batch_size", window, 1])
-
     # In a block, query i is row i + W: it sees rows j with 0 <= i + W - j < W that hold a token. Cached rows are
     # right-aligned: of W rows the last min(W, start) hold one.
     band: Shape = ["block_size", "block_keys"]
@@ -171,4 +165,4 @@ def make_blocks(graph: Graph, call: Call, window: int) -> Blocks:
     seen = graph.node("And", [filled, in_band], f"{at}/visible/And", BOOL, full_shape)
     choice = [seen, graph.float32(0.0), graph.float32(HIDDEN_KEY)]
     visible = graph.node("Where", choice, f"{at}/visible/Where", FLOAT, full_shape)
-    return Blocks(keys, queries, tokens, kept, visible)
+    return Blocks(keys, queries, tokens, visible)

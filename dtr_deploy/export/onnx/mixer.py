@@ -1,10 +1,10 @@
 """One linear layer's mixer as nodes: projections, QK-norm, rotary embedding, form, window branch, read-out, mix.
 
-hidden -> qkv_proj -> [q | k], v -> QK-norm -> rotary -+-> form's operands -> LinearAttention -> RMS norm -+-> o_proj
+hidden -> qkv_proj -> [q | k], v -> QK-norm -> rotary -+-> form's operands -> LinearAttention -> read-out -+-> o_proj
                                                        +-> window attention ------------------------------+
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from dtr_deploy.export.onnx.call import LEAD, Blocks, Call, make_blocks, make_call, make_masked_biases
+from dtr_deploy.export.onnx.conv import make_dynamic_conv, make_neighbours
 from dtr_deploy.export.onnx.forms import EMITTERS
-from dtr_deploy.export.onnx.forms.base import HeadLayout
-from dtr_deploy.export.onnx.graph import FLOAT, Graph, parameter_name
+from dtr_deploy.export.onnx.forms.base import HeadLayout, OperandNames
+from dtr_deploy.export.onnx.graph import FLOAT, Graph, Shape, parameter_name
+from dtr_deploy.export.onnx.rows import CarriedRows, conv_rows, make_kept, make_rows, window_rows
 from dtr_deploy.export.onnx.window import make_window_attention
-from dtr_kernels.forms.base import NORM_EPS
 
 # The share of the window is divided out of the linear branch (see `branch_gains`): it must not be 0.
 SMALLEST_SHARE = 1e-6
@@ -38,7 +39,7 @@ class MixerWithOutput:
 
 
 def branch_gains(form: Any) -> tuple[Tensor, Tensor | None]:
-    """Gains so that the mix needs one addition: f window + (1-f) norm(linear) gain = f (window + norm(linear) gain').
+    """Gains so that the mix needs one addition: f window + (1-f) linear gain = f (window + linear gain').
 
     Returns gain' = gain (1-f)/f, [Hq,D], and f, [Hq], which goes into o_proj's columns: a quantization block lies
     within one head, so quantization is not changed by it. Without a window: gain and None.
@@ -52,26 +53,52 @@ def branch_gains(form: Any) -> tuple[Tensor, Tensor | None]:
 
 
 @dataclass(frozen=True)
+class StateShapes:
+    """Shapes of a linear layer's two states, the same in all layers of a model: onnxruntime-genai reads them from the
+    first. recurrent: (Hkv, Dk, Dv), the largest of the forms used; rows: of `past.N.conv`."""
+
+    recurrent: tuple[int, int, int]
+    rows: CarriedRows
+
+    @classmethod
+    def of(cls, forms: Iterable[Any], window: int, kv_heads: int, head_dim: int) -> "StateShapes":
+        """forms: of the linear layers; none in a backbone."""
+        forms = list(forms)
+        dims = [EMITTERS[form.name].state_dims(head_dim) for form in forms] or [(head_dim, head_dim)]
+        recurrent = (kv_heads, max(keys for keys, _ in dims), max(values for _, values in dims))
+        return cls(recurrent, CarriedRows.of(forms, window, kv_heads * head_dim))
+
+
+@dataclass(frozen=True)
 class Shared:
-    """What all linear layers use: nodes that run once a call. biases: masked ones, by layer."""
+    """What all linear layers use: nodes that run once a call. biases: masked ones, by layer. blocks, kept, neighbours:
+    None where no layer needs them."""
 
     call: Call
+    states: StateShapes
     blocks: Blocks | None
+    kept: str | None
+    neighbours: str | None
     biases: dict[int, str]
 
 
-def make_shared(graph: Graph, forms: Mapping[int, Any], window: int) -> Shared:
+def make_shared(graph: Graph, forms: Mapping[int, Any], states: StateShapes) -> Shared:
     """forms: of the linear layers, by layer."""
-    call = make_call(graph)
+    call, rows = make_call(graph), states.rows
     wanted = {layer: EMITTERS[form.name].shared_bias(form) for layer, form in forms.items()}
     biases = {layer: bias for layer, bias in wanted.items() if bias is not None}
     names = make_masked_biases(graph, call, list(biases.values()), "gates") if biases else []
-    return Shared(call, make_blocks(graph, call, window) if window else None, dict(zip(biases, names, strict=True)))
+    return Shared(
+        call,
+        states,
+        make_blocks(graph, call, rows.window) if rows.window else None,
+        make_kept(graph, call, rows) if rows.used else None,
+        make_neighbours(graph, call, rows.conv + 1) if rows.conv else None,
+        dict(zip(biases, names, strict=True)),
+    )
 
 
-def make_mixer(
-    builder: Any, graph: Graph, layer: int, mixer: Any, root_input: str, shared: Shared, window: int
-) -> None:
+def make_mixer(builder: Any, graph: Graph, layer: int, mixer: Any, root_input: str, shared: Shared) -> None:
     """Write layer `layer`. mixer: q_proj, k_proj, v_proj, o_proj, form, q_norm and k_norm (None but in Qwen3).
 
     root_input: the layer's input after its norm, [B,T,hidden] in the builder's I/O dtype. Leaves the result where the
@@ -102,46 +129,41 @@ def make_mixer(
 
     past = {kind: builder.input_names[f"past.{kind}"][layer] for kind in ("recurrent", "conv")}
     present = {kind: builder.output_names[f"present.{kind}"][layer] for kind in ("recurrent", "conv")}
-    form = mixer.form
+    form, rows = mixer.form, shared.states.rows
     emitter = EMITTERS[form.name](graph, form, heads, f"{at}/{form.name}", shared.biases.get(layer))
-    operands = emitter.operands(queries_keys, hidden, shared.call)
-    padded_size = heads.padded_heads * heads.head_dim
-    name = f"{at}/LinearAttention"
-    builder.make_node(
-        "LinearAttention",
-        inputs=[operands.q, operands.k, v, past["recurrent"], operands.decay, operands.beta],
-        outputs=[f"{name}/output_0", present["recurrent"]],
-        name=name,
-        domain="com.microsoft",
-        q_num_heads=heads.padded_heads,
-        kv_num_heads=heads.kv_heads,
-        update_rule=form.rule,
-        scale=form.scale,
+    q, every, values = "", "", v
+    if rows.needed_by(form):
+        assert shared.kept is not None
+        k = ""
+        if rows.window:
+            q, k = graph.split(queries_keys, [q_size, kv_size], f"{at}/window/Split", FLOAT, LEAD)
+        every = make_rows(graph, f"{at}/rows", rows, shared.kept, k, v, past["conv"], present["conv"])
+    else:
+        # Stock onnxruntime-genai wants a convolution state for every layer with a recurrent one.
+        builder.make_node("Identity", inputs=[past["conv"]], outputs=[present["conv"]], name=f"{at}/no_rows/Identity")
+    if form.conv_kernel:
+        assert shared.neighbours is not None
+        near_rows = conv_rows(graph, f"{at}/conv/rows", rows, every, form.conv_kernel)
+        taps = emitter.taps(hidden)
+        values = make_dynamic_conv(graph, f"{at}/conv", near_rows, taps, shared.neighbours, form.conv_kernel, kv_size)
+    operands = emitter.operands(queries_keys, values, hidden, shared.call)
+    out = _linear_attention(
+        builder, graph, at, form, heads, operands, shared.states, past["recurrent"], present["recurrent"]
     )
-    builder.make_value(f"{name}/output_0", FLOAT, shape=[*LEAD, padded_size])
     gain, share = branch_gains(form)
-    mixed = _read_out(graph, at, f"{name}/output_0", gain, heads)
+    mixed = emitter.read_out(out, gain)
 
     o_proj = mixer.o_proj
-    if shared.blocks is None:
-        # Stock onnxruntime-genai wants a convolution state for every layer with a recurrent one.
-        builder.make_node("Identity", inputs=[past["conv"]], outputs=[present["conv"]], name=f"{at}/no_window/Identity")
-    else:
-        q, k = graph.split(queries_keys, [q_size, kv_size], f"{at}/window/Split", FLOAT, LEAD)
+    if shared.blocks is not None:
         near = make_window_attention(
             graph,
             shared.blocks,
             f"{at}/window",
             q=q,
-            k=k,
-            v=v,
-            past=past["conv"],
-            present=present["conv"],
+            rows=window_rows(graph, f"{at}/window/rows", rows, every),
             q_heads=heads.q_heads,
             kv_heads=heads.kv_heads,
             head_dim=heads.head_dim,
-            window=window,
-            scale=form.scale,
         )
         mixed = graph.node("Add", [near, mixed], f"{at}/mix/Add", FLOAT, [*LEAD, q_size])
         assert share is not None
@@ -203,31 +225,45 @@ def _qk_norm(builder: Any, graph: Graph, at: str, mixer: Any, queries_keys: str,
     return graph.reshape(normed, [0, 0, count * dim], f"{at}/qk_norm/Reshape_1", builder.io_dtype, [*LEAD, count * dim])
 
 
-def _read_out(graph: Graph, at: str, out: str, gain: Tensor, heads: HeadLayout) -> str:
-    """The operator's output [B,T,padded heads*D] -> RMS norm over D times gain [Hq,D] -> [B,T,Hq*D]."""
-    dim = heads.head_dim
-    by_head = graph.reshape(
-        out, [0, 0, heads.padded_heads, dim], f"{at}/read_out/Reshape", FLOAT, [*LEAD, heads.padded_heads, dim]
+def _linear_attention(
+    builder: Any,
+    graph: Graph,
+    at: str,
+    form: Any,
+    heads: HeadLayout,
+    operands: OperandNames,
+    states: StateShapes,
+    past: str,
+    present: str,
+) -> str:
+    """The operator over one layer: its output [B,T,padded heads*Dv]; writes the graph output `present`.
+
+    A form whose state is smaller than the model's keeps it in the corner of it: cheaper than padded operands, which
+    would cost with every token. `past` is read by one node only, before the node that writes `present`.
+    """
+    kv_heads, *largest = states.recurrent
+    keys, values = EMITTERS[form.name].state_dims(heads.head_dim)
+    own: Shape = ["batch_size", kv_heads, keys, values]
+    fits = [keys, values] == largest
+    if not fits:
+        inputs = [past, graph.int64([0, 0]), graph.int64([keys, values]), graph.int64([2, 3])]
+        past = graph.node("Slice", inputs, f"{at}/state/Slice", FLOAT, own)
+    name = f"{at}/LinearAttention"
+    new = present if fits else f"{name}/output_1"
+    builder.make_node(
+        "LinearAttention",
+        inputs=[operands.q, operands.k, operands.v, past, operands.decay, operands.beta],
+        outputs=[f"{name}/output_0", new],
+        name=name,
+        domain="com.microsoft",
+        q_num_heads=heads.padded_heads,
+        kv_num_heads=heads.kv_heads,
+        update_rule=form.rule,
+        scale=form.scale,
     )
-    if heads.is_padded:
-        by_head = graph.node(
-            "Gather",
-            [by_head, graph.int64(heads.kept_index())],
-            f"{at}/read_out/Gather",
-            FLOAT,
-            [*LEAD, heads.q_heads, dim],
-            axis=2,
-        )
-    stored = graph.initializer(gain, f"{parameter_name(at)}.read_out.gain")
-    normed = graph.node(
-        "RMSNormalization",
-        [by_head, stored],
-        f"{at}/read_out/RMSNormalization",
-        FLOAT,
-        [*LEAD, heads.q_heads, dim],
-        axis=-1,
-        epsilon=NORM_EPS,
-    )
-    return graph.reshape(
-        normed, [0, 0, heads.q_heads * dim], f"{at}/read_out/Reshape_1", FLOAT, [*LEAD, heads.q_heads * dim]
-    )
+    builder.make_value(f"{name}/output_0", FLOAT, shape=[*LEAD, heads.padded_heads * values])
+    if not fits:
+        builder.make_value(new, FLOAT, shape=own)
+        pads = graph.int64([0] * 6 + [largest[0] - keys, largest[1] - values])
+        builder.make_node("Pad", inputs=[new, pads], outputs=[present], name=f"{at}/state/Pad")
+    return f"{name}/output_0"

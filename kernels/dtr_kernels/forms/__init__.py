@@ -3,8 +3,10 @@
 from dtr_kernels.forms.base import Form, FormConfig, Operands, TeacherStatistics, TensorSpec
 from dtr_kernels.forms.gated_deltanet import GatedDeltaNet
 from dtr_kernels.forms.gla import GatedLinearAttention
+from dtr_kernels.forms.hedgehog import Hedgehog
+from dtr_kernels.forms.jet import Jet
 
-FORMS: dict[str, type[Form]] = {form.name: form for form in (GatedDeltaNet, GatedLinearAttention)}
+FORMS: dict[str, type[Form]] = {form.name: form for form in (GatedDeltaNet, GatedLinearAttention, Jet, Hedgehog)}
 
 __all__ = ["FORMS", "Form", "FormConfig", "Operands", "TeacherStatistics", "TensorSpec", "make_form"]
 

@@ -1,9 +1,10 @@
 """What a form is: the small learned part of a linear mixer, with four duties.
 
 The mixer that owns a form keeps the large projections (q, k, v, o, biases, QK-norm, rotary embedding); the form turns
-their outputs into the operator's operands (`operands`), the operator's output into a head's output (`readout`, `mix`),
-starts from what is known of the teacher (`start_from`) and says what one sequence's state is (`state_spec`). The
-Hugging Face model and the vLLM plugin use the same module, so that they cannot differ.
+their outputs into the operator's operands (`operands`, and `taps` where values are convolved first), the operator's
+output into a head's output (`readout`, `mix`), starts from what is known of the teacher (`start_from`) and says what
+one sequence's state is (`state_spec`). The Hugging Face model and the vLLM plugin use the same module, so that they
+cannot differ. A form holds no state: whoever runs it keeps the states, and convolves with `dtr_kernels.conv`.
 
 Parameters are float32 in every engine: they are few, and decays and gates do not survive bfloat16.
 """
@@ -13,6 +14,8 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from dtr_kernels.compiled import rows
 
 NORM_EPS = 1e-6
 
@@ -38,7 +41,11 @@ class FormConfig:
 
 
 class Operands(NamedTuple):
-    """float32 operands of `linear_attention`, with the leading dimensions of the form's inputs."""
+    """float32 operands of `linear_attention`, with the leading dimensions of the form's inputs.
+
+    q [...,Hq,key_dim], k [...,Hkv,key_dim], v [...,Hkv,value_dim], log_decay [...,Hkv] or [...,Hkv,key_dim],
+    beta [...,Hkv].
+    """
 
     q: Tensor
     k: Tensor
@@ -75,6 +82,10 @@ class Form(nn.Module):
     name: ClassVar[str]
     rule: ClassVar[str]
     decay_per_key: ClassVar[bool] = False
+    # Taps of a causal convolution over v, which then needs this many rows less one as a state; 0 for none.
+    conv_kernel: ClassVar[int] = 0
+    # Whether `readout` is the one below: then it, the mix and the rounding are one pass on a CPU.
+    rms_readout: ClassVar[bool] = True
     # parameter -> (kind of head its dimension counts, dimension); what is not here is replicated over ranks.
     SHARD: ClassVar[dict[str, tuple[str, int]]] = {"out_gain": ("q", 0), "window_gate": ("q", 0)}
 
@@ -86,13 +97,29 @@ class Form(nn.Module):
         if config.window:
             self.window_gate = nn.Parameter(torch.zeros(config.num_heads, dtype=torch.float32))
 
+    @property
+    def key_dim(self) -> int:
+        """Dk of the operator's operands."""
+        return self.config.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Dv of the operator's operands."""
+        return self.config.head_dim
+
+    def taps(self, hidden: Tensor) -> Tensor | None:
+        """hidden [...,hidden_size] -> taps [...,conv_kernel,Hkv,D] float32 of the convolution (`dtr_kernels.conv`)
+        that v goes through on its way to `operands`; None for forms without one. The window sees v itself."""
+        return None
+
     def operands(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Operands:
-        """q [...,Hq,D], k, v [...,Hkv,D] after QK-norm and rotary embedding, hidden [...,hidden_size] (the mixer's
-        input) -> the operator's operands, float32."""
+        """q [...,Hq,D], k, v [...,Hkv,D] after QK-norm and rotary embedding, v convolved if the form has taps, hidden
+        [...,hidden_size] (the mixer's input) -> the operator's operands, float32."""
         raise NotImplementedError
 
     def readout(self, out: Tensor, hidden: Tensor) -> Tensor:
-        """The operator's output [...,Hq,D] -> RMS-normalised over D and scaled per head and channel, float32."""
+        """The operator's output [...,Hq,value_dim] -> the linear branch [...,Hq,D], float32. Here: RMS-normalised over
+        D and scaled per head and channel; what the operator gives has no scale of its own."""
         out = out.float()
         return out * torch.rsqrt(out.square().mean(-1, keepdim=True) + NORM_EPS) * self.out_gain
 
@@ -103,6 +130,13 @@ class Form(nn.Module):
         share = torch.sigmoid(self.window_gate)[:, None]
         return share * window.float() + (1 - share) * linear
 
+    def output(self, out: Tensor, hidden: Tensor, window: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """`mix` of the `readout` of the operator's output and the window branch, [...,Hq,D] in `dtype`."""
+        if self.rms_readout and rows.fits(out) and dtype in rows.OUT_DTYPES and (window is None or rows.fits(window)):
+            share = None if window is None else torch.sigmoid(self.window_gate)
+            return rows.readout(out, self.out_gain, window, share, NORM_EPS, dtype).to(dtype)
+        return self.mix(self.readout(out, hidden), window).to(dtype)
+
     @torch.no_grad()
     def start_from(self, statistics: TeacherStatistics) -> None:
         """Set start values from the teacher, so that training begins near it."""
@@ -111,9 +145,12 @@ class Form(nn.Module):
             self.window_gate.copy_(torch.logit(statistics.window_share.clamp(0.05, 0.95)))
 
     def state_spec(self, dtype: torch.dtype) -> dict[str, TensorSpec]:
-        """State of one sequence; `dtype` is the model's, used for the window's keys and values."""
+        """State of one sequence; `dtype` is the model's, which rows of keys and values are kept in: the window's, and
+        those the convolution still needs."""
         c = self.config
-        spec = {"recurrent": TensorSpec((c.num_kv_heads, c.head_dim, c.head_dim), torch.float32)}
+        spec = {"recurrent": TensorSpec((c.num_kv_heads, self.key_dim, self.value_dim), torch.float32)}
+        if self.conv_kernel:
+            spec["conv"] = TensorSpec((self.conv_kernel - 1, c.num_kv_heads, c.head_dim), dtype)
         if c.window:
             spec["window_k"] = TensorSpec((c.window, c.num_kv_heads, c.head_dim), dtype)
             spec["window_v"] = TensorSpec((c.window, c.num_kv_heads, c.head_dim), dtype)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dtr_kernels.compiled import rows
 from dtr_kernels.forms.base import Form, FormConfig, Operands, TeacherStatistics, small_linear
 
 L2_EPS = 1e-6
@@ -14,6 +15,8 @@ L2_EPS = 1e-6
 
 def l2_normalised(x: Tensor) -> Tensor:
     """x / |x| over the last dimension, float32; the epsilon is inside the root, as in the public implementations."""
+    if rows.fits(x):
+        return rows.unit_rows(x, L2_EPS)
     x = x.float()
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
 
@@ -47,9 +50,12 @@ class GatedDeltaNet(Form):
         nn.init.zeros_(self.beta_proj.bias)
 
     def operands(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Operands:
-        hidden = hidden.float()
-        log_decay = -torch.exp(self.decay_log_rate) * F.softplus(self.decay_proj(hidden))
-        beta = torch.sigmoid(self.beta_proj(hidden))
+        rate = torch.exp(self.decay_log_rate)
+        if not torch.is_grad_enabled() and rows.fits(hidden):
+            log_decay, beta = rows.decay_gate(hidden, self.decay_proj, rate), rows.beta_gate(hidden, self.beta_proj)
+        else:
+            hidden = hidden.float()
+            log_decay, beta = -rate * F.softplus(self.decay_proj(hidden)), torch.sigmoid(self.beta_proj(hidden))
         return Operands(l2_normalised(q), l2_normalised(k), v.float(), log_decay, beta)
 
     @torch.no_grad()

@@ -3,9 +3,12 @@
 from dtr_deploy.export.onnx.forms.base import FormEmitter
 from dtr_deploy.export.onnx.forms.gated_deltanet import GatedDeltaNetEmitter
 from dtr_deploy.export.onnx.forms.gla import GatedLinearAttentionEmitter
+from dtr_deploy.export.onnx.forms.hedgehog import HedgehogEmitter
+from dtr_deploy.export.onnx.forms.jet import JetEmitter
 
 EMITTERS: dict[str, type[FormEmitter]] = {
-    emitter.name: emitter for emitter in (GatedDeltaNetEmitter, GatedLinearAttentionEmitter)
+    emitter.name: emitter
+    for emitter in (GatedDeltaNetEmitter, GatedLinearAttentionEmitter, JetEmitter, HedgehogEmitter)
 }
 
 __all__ = ["EMITTERS", "FormEmitter"]

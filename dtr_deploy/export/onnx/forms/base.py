@@ -1,7 +1,9 @@
-"""What an ONNX emitter of a form does: from the mixer's projections to the operands of `com.microsoft.LinearAttention`.
+"""What an ONNX emitter of a form does: from the mixer's projections to the operands of `com.microsoft.LinearAttention`,
+and from the operator's output to the linear branch.
 
-The emitter writes `Form.operands` as nodes; the rule, the read-out and the mix with the window are the same for all
-forms and written once, in `mixer.py`. Everything here is float32.
+The emitter writes `Form.operands` and `Form.readout` as nodes, and `Form.taps` where values are convolved first; the
+operator, the states and the mix with the window are the same for all forms and written once, in `mixer.py`. Everything
+here is float32.
 """
 
 from dataclasses import dataclass
@@ -9,8 +11,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from dtr_deploy.export.onnx.call import Call
-from dtr_deploy.export.onnx.graph import FLOAT, Graph
+from dtr_deploy.export.onnx.call import LEAD, Call
+from dtr_deploy.export.onnx.graph import FLOAT, Graph, parameter_name
+from dtr_kernels.forms.base import NORM_EPS
 
 # Query heads a kv head that the operator's fast CPU path takes (onnxruntime 1.31).
 FAST_GROUPS = (1, 2, 4, 8)
@@ -58,11 +61,13 @@ class HeadLayout:
 
 
 class OperandNames(NamedTuple):
-    """Names of the operator's inputs: q [B,T,padded heads*D], k [B,T,Hkv*D], decay [B,T,Hkv] or [B,T,Hkv*D] (log), beta
-    [B,T,Hkv] or "". Masked: with right padding the state stays what it was at a row's last real token."""
+    """Names of the operator's inputs: q [B,T,padded heads*Dk], k [B,T,Hkv*Dk], v [B,T,Hkv*Dv], decay (log) [B,T,Hkv] or
+    [B,T,Hkv*Dk] or "", beta [B,T,Hkv] or "". Masked: with right padding the state stays what it was at a row's last
+    real token."""
 
     q: str
     k: str
+    v: str
     decay: str
     beta: str
 
@@ -80,18 +85,59 @@ class FormEmitter:
         self.masked_bias = masked_bias
 
     @classmethod
+    def state_dims(cls, head_dim: int) -> tuple[int, int]:
+        """Dk, Dv of the operator's operands here; Dv may be padded beyond the form's own."""
+        return head_dim, head_dim
+
+    @classmethod
     def shared_bias(cls, form: Any) -> torch.Tensor | None:
         """A bias [n] that wants the padding mask added: `masked_bias` is then the sum, float32 [B,T,n], made for all
         layers at once. Only for few channels, since it is kept for every token of a call."""
         return None
 
-    def operands(self, queries_keys: str, hidden: str, call: Call) -> OperandNames:
-        """queries_keys [B,T,(Hq+Hkv)*D]: q heads, then k heads, normalised and rotated. hidden [B,T,hidden]."""
+    def taps(self, hidden: str) -> str:
+        """hidden [B,T,hidden] -> taps [B,T,K*Hkv*D] of the convolution; only for forms with one."""
         raise NotImplementedError
 
-    def split_heads(self, heads_4d: str) -> tuple[str, str]:
-        """[B,T,Hq+Hkv,D] -> q [B,T,padded heads*D], k [B,T,Hkv*D]."""
-        heads, lead = self.heads, ["batch_size", "sequence_length"]
+    def operands(self, queries_keys: str, v: str, hidden: str, call: Call) -> OperandNames:
+        """queries_keys [B,T,(Hq+Hkv)*D]: q heads, then k heads, normalised and rotated. v [B,T,Hkv*D], convolved if the
+        form has taps. hidden [B,T,hidden]."""
+        raise NotImplementedError
+
+    def read_out(self, out: str, gain: torch.Tensor) -> str:
+        """The operator's output [B,T,padded heads*Dv] -> the linear branch times gain [Hq,D], [B,T,Hq*D]. Here: RMS
+        norm over D."""
+        heads, dim = self.heads, self.heads.head_dim
+        stored = self.graph.initializer(gain, f"{parameter_name(self.at)}.read_out.gain")
+        normed = self.graph.node(
+            "RMSNormalization",
+            [self.kept_heads(out, dim), stored],
+            f"{self.at}/read_out/RMSNormalization",
+            FLOAT,
+            [*LEAD, heads.q_heads, dim],
+            axis=-1,
+            epsilon=NORM_EPS,
+        )
+        return self.flat_heads(normed)
+
+    def kept_heads(self, out: str, dim: int) -> str:
+        """[B,T,padded heads*dim] -> [B,T,Hq,dim]."""
+        heads, at = self.heads, f"{self.at}/read_out"
+        shape = [*LEAD, heads.padded_heads, dim]
+        by_head = self.graph.reshape(out, [0, 0, heads.padded_heads, dim], f"{at}/Reshape", FLOAT, shape)
+        if not heads.is_padded:
+            return by_head
+        kept = self.graph.int64(heads.kept_index())
+        return self.graph.node("Gather", [by_head, kept], f"{at}/Gather", FLOAT, [*LEAD, heads.q_heads, dim], axis=2)
+
+    def flat_heads(self, by_head: str) -> str:
+        """[B,T,Hq,D] -> [B,T,Hq*D]."""
+        size = self.heads.q_heads * self.heads.head_dim
+        return self.graph.reshape(by_head, [0, 0, size], f"{self.at}/read_out/Reshape_1", FLOAT, [*LEAD, size])
+
+    def split_heads(self, heads_4d: str, dim: int) -> tuple[str, str]:
+        """[B,T,Hq+Hkv,dim] -> q [B,T,padded heads*dim], k [B,T,Hkv*dim]."""
+        heads = self.heads
         if heads.is_padded:
             places = heads.padded_index() + list(range(heads.q_heads, heads.q_heads + heads.kv_heads))
             heads_4d = self.graph.node(
@@ -99,21 +145,16 @@ class FormEmitter:
                 [heads_4d, self.graph.int64(places)],
                 f"{self.at}/pad_heads/Gather",
                 FLOAT,
-                [*lead, len(places), heads.head_dim],
+                [*LEAD, len(places), dim],
                 axis=2,
             )
-        sizes = [heads.padded_heads * heads.head_dim, heads.kv_heads * heads.head_dim]
-        flat = self.graph.reshape(heads_4d, [0, 0, sum(sizes)], f"{self.at}/flat/Reshape", FLOAT, [*lead, sum(sizes)])
-        q, k = self.graph.split(flat, sizes, f"{self.at}/flat/Split", FLOAT, lead)
+        sizes = [heads.padded_heads * dim, heads.kv_heads * dim]
+        flat = self.graph.reshape(heads_4d, [0, 0, sum(sizes)], f"{self.at}/flat/Reshape", FLOAT, [*LEAD, sum(sizes)])
+        q, k = self.graph.split(flat, sizes, f"{self.at}/flat/Split", FLOAT, LEAD)
         return q, k
 
     def by_head(self, queries_keys: str) -> str:
         """[B,T,(Hq+Hkv)*D] -> [B,T,Hq+Hkv,D]."""
         count, dim = self.heads.q_heads + self.heads.kv_heads, self.heads.head_dim
-        return self.graph.reshape(
-            queries_keys,
-            [0, 0, count, dim],
-            f"{self.at}/by_head/Reshape",
-            FLOAT,
-            ["batch_size", "sequence_length", count, dim],
-        )
+        shape = [*LEAD, count, dim]
+        return self.graph.reshape(queries_keys, [0, 0, count, dim], f"{self.at}/by_head/Reshape", FLOAT, shape)

@@ -17,7 +17,7 @@ class GatedDeltaNetEmitter(FormEmitter):
     def shared_bias(cls, form: Any) -> torch.Tensor:
         return torch.cat([form.decay_proj.bias, form.beta_proj.bias])
 
-    def operands(self, queries_keys: str, hidden: str, call: Call) -> OperandNames:
+    def operands(self, queries_keys: str, v: str, hidden: str, call: Call) -> OperandNames:
         graph, form, at = self.graph, self.form, self.at
         kv_heads, dim = self.heads.kv_heads, self.heads.head_dim
         lead = ["batch_size", "sequence_length"]
@@ -33,7 +33,7 @@ class GatedDeltaNetEmitter(FormEmitter):
             axis=-1,
             epsilon=L2_EPS / dim,
         )
-        q, k = self.split_heads(unit)
+        q, k = self.split_heads(unit, dim)
 
         # Both gates in one product. The padding mask comes with their biases: there decay and beta are exactly 0, so
         # that the state is neither decayed nor written.
@@ -50,4 +50,4 @@ class GatedDeltaNetEmitter(FormEmitter):
             [(FLOAT, [*lead, kv_heads])] * 2,
             domain="com.microsoft",
         )
-        return OperandNames(q, k, decay, beta)
+        return OperandNames(q, k, v, decay, beta)

@@ -11,11 +11,11 @@ from dtr_kernels.forms.gla import DECAY_TEMPERATURE
 class GatedLinearAttentionEmitter(FormEmitter):
     name: ClassVar[str] = "gla"
 
-    def operands(self, queries_keys: str, hidden: str, call: Call) -> OperandNames:
+    def operands(self, queries_keys: str, v: str, hidden: str, call: Call) -> OperandNames:
         graph, form, at = self.graph, self.form, self.at
         kv_size = self.heads.kv_heads * self.heads.head_dim
         shape: Shape = ["batch_size", "sequence_length", kv_size]
-        q, k = self.split_heads(self.by_head(queries_keys))
+        q, k = self.split_heads(self.by_head(queries_keys), self.heads.head_dim)
 
         # logsigmoid(x) = -softplus(-x): the sign of x goes into the weights. At padding the addend makes the decay 0
         # and k is zeroed, so that the state stays as it is.
@@ -29,4 +29,4 @@ class GatedLinearAttentionEmitter(FormEmitter):
             "Mul", [decay, f"/model/constants/FLOAT/{-1.0 / DECAY_TEMPERATURE}"], f"{at}/decay/Mul", FLOAT, shape
         )
         k = graph.node("Mul", [k, call.real], f"{at}/k/Mask", FLOAT, shape)
-        return OperandNames(q, k, decay, "")
+        return OperandNames(q, k, v, decay, "")

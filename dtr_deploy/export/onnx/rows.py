@@ -1,0 +1,101 @@
+"""The rows of keys and values that a linear layer carries from call to call: its `past.N.conv`.
+
+Two readers: the softmax window (keys and values of the last W tokens) and the dynamic convolution of a form (values of
+the last K - 1 tokens, which are the window's own where it is as long). onnxruntime-genai wants one shape for all
+layers, so the state is the larger of the two in every layer of a model. Zeros are an empty state.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dtr_deploy.export.onnx.call import LEAD, Call
+from dtr_deploy.export.onnx.graph import END, FLOAT, INT64, Graph, Shape
+
+
+@dataclass(frozen=True)
+class CarriedRows:
+    """Shape of `past.N.conv` in one model, [batch, count, width], oldest row first.
+
+    A row is k and v side by side, each kv_size = Hkv * D wide, or v alone in a model without a window. `width` is 1 and
+    `count` is 1, unused, in a model that carries nothing: stock onnxruntime-genai wants such a state for every layer.
+    """
+
+    window: int
+    conv: int
+    kv_size: int
+
+    @classmethod
+    def of(cls, forms: Iterable[Any], window: int, kv_size: int) -> "CarriedRows":
+        """forms: of the linear layers."""
+        return cls(window, max((form.conv_kernel - 1 for form in forms if form.conv_kernel), default=0), kv_size)
+
+    @property
+    def used(self) -> bool:
+        return self.window > 0 or self.conv > 0
+
+    @property
+    def count(self) -> int:
+        return max(self.window, self.conv, 1)
+
+    @property
+    def width(self) -> int:
+        return (2 * self.kv_size if self.window else self.kv_size) if self.used else 1
+
+    def needed_by(self, form: Any) -> bool:
+        """Whether a layer with this form reads the state."""
+        return self.window > 0 or form.conv_kernel > 0
+
+
+def make_kept(graph: Graph, call: Call, rows: CarriedRows) -> str:
+    """int64 [B, count, 1]: which of the count + T rows of a call the next one gets, those that end at a row's last real
+    token. For GatherND with batch_dims 1; once a call."""
+    at = "/model/rows/kept"
+    shape: Shape = ["batch_size", rows.count]
+    ages = graph.initializer(torch.arange(rows.count), "model.rows.ages", INT64)
+    kept = graph.node("Add", [call.real_count, ages], f"{at}/Add", INT64, shape)
+    return graph.node("Unsqueeze", [kept, graph.int64([2])], f"{at}/Unsqueeze", INT64, [*shape, 1])
+
+
+def make_rows(graph: Graph, at: str, rows: CarriedRows, kept: str, k: str, v: str, past: str, present: str) -> str:
+    """k, v [B,T,kv_size] float32 -> the carried rows and the new ones, [B, count + T, width]; writes the graph output
+    `present`.
+
+    `past` is read by one node only, on whose result the node that writes `present` depends: the two may be one buffer.
+    """
+    new = v
+    if rows.window:
+        new = graph.node("Concat", [k, v], f"{at}/new/Concat", FLOAT, [*LEAD, rows.width], axis=2)
+    every = graph.node(
+        "Concat", [past, new], f"{at}/Concat", FLOAT, ["batch_size", _with_new(rows.count), rows.width], axis=1
+    )
+    graph.builder.make_node(
+        "GatherND", inputs=[every, kept], outputs=[present], name=f"{at}/present/GatherND", batch_dims=1
+    )
+    return every
+
+
+def window_rows(graph: Graph, at: str, rows: CarriedRows, every: str) -> str:
+    """The W rows before a call's first token and its own, [B, W + T, 2*kv_size]."""
+    return _last(graph, at, every, rows, rows.window, rows.width)
+
+
+def conv_rows(graph: Graph, at: str, rows: CarriedRows, every: str, kernel: int) -> str:
+    """v of the kernel - 1 rows before a call's first token and of its own, [B, kernel - 1 + T, kv_size]."""
+    return _last(graph, at, every, rows, kernel - 1, rows.kv_size)
+
+
+def _last(graph: Graph, at: str, every: str, rows: CarriedRows, before: int, width: int) -> str:
+    """The last `before` + T rows and `width` channels of `every`."""
+    starts = [rows.count - before, rows.width - width]
+    if starts == [0, 0]:
+        return every
+    inputs = [every, graph.int64(starts), graph.int64([END, END]), graph.int64([1, 2])]
+    return graph.node("Slice", inputs, f"{at}/Slice", FLOAT, ["batch_size", _with_new(before), width])
+
+
+def _with_new(before: int) -> str:
+    """Name of the dimension of `before` + T rows; onnxruntime takes dimensions of one name for equal ones."""
+    return f"{before}+sequence_length"
