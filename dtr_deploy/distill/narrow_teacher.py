@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from dtr_deploy.distill.teacher import Activations
 from dtr_kernels.compiled import rows
+from dtr_kernels.window import window_attention
 
 NARROW = torch.bfloat16
+# Above, the window's scratch memory leaves the second-level cache.
+LONGEST_WINDOW = 2048
 
 
 class NarrowTeacher:
@@ -74,11 +77,16 @@ class _Block:
         q, k, v = (x.unflatten(-1, (-1, attention.head_dim)) for x in (q, k, v))
         if hasattr(attention, "q_norm"):
             q, k = attention.q_norm(q), attention.k_norm(k)
-        q, k = (rows.rotary(x, *where).to(NARROW).transpose(1, 2) for x in (q, k))
-        out = F.scaled_dot_product_attention(
-            q, k, v.transpose(1, 2), is_causal=True, scale=attention.scaling, enable_gqa=True
-        )
-        return F.linear(out.transpose(1, 2).flatten(2), *self.out)
+        q, k = (rows.rotary(x, *where).to(NARROW) for x in (q, k))
+        length = q.shape[1]
+        if length <= LONGEST_WINDOW:
+            # Full attention is a window as long as the sequence; torch's kernel takes three times as long.
+            out, _ = window_attention(q, k, v, window=length, scale=attention.scaling, return_past=False)
+        else:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=attention.scaling, enable_gqa=True)
+            out = out.transpose(1, 2)
+        return F.linear(out.flatten(2), *self.out)
 
     def mlp(self, normed: Tensor) -> Tensor:
         gate, up = F.linear(normed, *self.gate_up).chunk(2, -1)

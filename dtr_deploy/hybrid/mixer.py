@@ -93,7 +93,7 @@ class HybridMixer(nn.Module):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor, states: Any, mask: Tensor | None
     ) -> Tensor:
-        """Linear branch, window branch and their mix, [B,T,Hq*D] in the input's dtype; uses the cache layer `states`."""
+        """Linear branch, window branch and their mix, [B,T,Hq*D] in the input's dtype; `states` is its cache layer."""
         started = states is not None and states.is_recurrent_states_initialized[RECURRENT]
         taps, values, conv = self.form.taps(hidden_states), v, None
         if taps is not None:

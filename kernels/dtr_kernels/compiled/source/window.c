@@ -16,9 +16,10 @@ static void run_segment(const Window *w, int64_t sequence, int64_t head, int64_t
     for (int64_t block = 0; block < to - from; block += LANES) {
         const int64_t token = first + from + block, tokens = MIN(LANES, to - from - block);
         gather_block(w->q, w->type, token * w->q_stride + head * group * dim, w->q_stride, group, dim, tokens, w->scale, q);
-        product(group * LANES, keys, dim, q, padded, 1, kt + block, rows, p, keys, 0);
-        softmax(p, group, keys, band, bias + block);
-        product(group * LANES, padded, keys, p, keys, 1, v + block * padded, padded, o, padded, 0);
+        const int64_t skip = missing_keys(w, sequence, from + block), near = block + skip, seen = keys - skip;
+        product(group * LANES, seen, dim, q, padded, 1, kt + near, rows, p, keys, 0);
+        softmax(p, group, seen, keys, band + skip, bias + near);
+        product(group * LANES, padded, seen, p, keys, 1, v + near * padded, padded, o, padded, 0);
         for (int64_t g = 0; g < group; g++)
             for (int64_t c = 0; c < tokens; c++)
                 narrow((char *)out + (((token + c) * w->heads + head) * group + g) * dim * bytes_of(out_type), out_type,

@@ -122,11 +122,19 @@ static inline void make_band(const Window *w, float *restrict band) {
             band[c * keys + m] = m > before + c - w->window && m <= before + c ? 0.0f : MASKED;
 }
 
-/* Logits [group * LANES, keys] -> probabilities; zero for a token that sees nothing. */
-INLINE void softmax(float *restrict p, int64_t group, int64_t keys, const float *restrict band, const float *restrict bias) {
+/* Of the keys of the block of tokens that begins at `token`, how many come before anything the sequence has. */
+INLINE int64_t missing_keys(const Window *w, int64_t sequence, int64_t token) {
+    const int64_t cached = !w->past_k ? 0 : w->past_valid ? w->window : w->start[sequence];
+    return MAX(0, rows_before(w) - token - cached) / LANES * LANES;
+}
+
+/* Logits [group * LANES, keys] -> probabilities; zero for a token that sees nothing. Rows of p and band are `step`
+ * apart. */
+INLINE void softmax(float *restrict p, int64_t group, int64_t keys, int64_t step, const float *restrict band,
+                    const float *restrict bias) {
     for (int64_t row = 0; row < group * LANES; row++) {
-        float *x = p + row * keys;
-        const float *visible = band + row % LANES * keys;
+        float *x = p + row * step;
+        const float *visible = band + row % LANES * step;
         vec best = splat(MASKED);
         for (int64_t m = 0; m < keys; m += LANES) {
             const vec logit = load(x + m) + load(visible + m) + load(bias + m);

@@ -27,20 +27,21 @@ static void run_segment(const Window *w, int64_t sequence, int64_t head, int64_t
         const int64_t token = first + from + block, tokens = MIN(LANES, to - from - block);
         gather_block(w->q, w->type, token * w->q_stride + head * group * dim, w->q_stride, group, dim, tokens, w->scale, q);
         gather_block(grad_out, FLOAT32, (token * heads + head) * group * dim, heads * group * dim, group, dim, tokens, 1, dout);
-        product(height, keys, dim, q, padded, 1, kt + block, rows, p, keys, 0);
-        softmax(p, group, keys, band, bias + block);
-        product(height, keys, dim, dout, padded, 1, vt + block, rows, dp, keys, 0);
-        product(keys, padded, height, p, 1, keys, dout, padded, sum_v + block * padded, padded, 1);
+        const int64_t skip = missing_keys(w, sequence, from + block), near = block + skip, seen = keys - skip;
+        product(height, seen, dim, q, padded, 1, kt + near, rows, p, keys, 0);
+        softmax(p, group, seen, keys, band + skip, bias + near);
+        product(height, seen, dim, dout, padded, 1, vt + near, rows, dp, keys, 0);
+        product(seen, padded, height, p, 1, keys, dout, padded, sum_v + near * padded, padded, 1);
         for (int64_t row = 0; row < height; row++) {
             float *probability = p + row * keys, *gradient = dp + row * keys;
             vec total = {0};
-            for (int64_t m = 0; m < keys; m += LANES) total += load(probability + m) * load(gradient + m);
+            for (int64_t m = 0; m < seen; m += LANES) total += load(probability + m) * load(gradient + m);
             const float mean = sum_lanes(total);
-            for (int64_t m = 0; m < keys; m += LANES)
+            for (int64_t m = 0; m < seen; m += LANES)
                 store(gradient + m, load(probability + m) * (load(gradient + m) - mean));
         }
-        product(height, padded, keys, dp, keys, 1, k + block * padded, padded, dq, padded, 0);
-        product(keys, padded, height, dp, 1, keys, q, padded, sum_k + block * padded, padded, 1); /* q holds scale */
+        product(height, padded, seen, dp, keys, 1, k + near * padded, padded, dq, padded, 0);
+        product(seen, padded, height, dp, 1, keys, q, padded, sum_k + near * padded, padded, 1); /* q holds scale */
         for (int64_t g = 0; g < group; g++)
             for (int64_t c = 0; c < tokens; c++) {
                 float *to_row = grad_q + (((token + c) * heads + head) * group + g) * dim;
