@@ -237,7 +237,7 @@ def show(run: RunFolder, debug: Debug = False) -> None:
 def doctor(debug: Debug = False) -> None:
     """What this machine has: processor, memory, GPUs, engines, versions."""
     with _one_line_errors(debug):
-        from dtr_deploy.doctor import examine
+        from dtr_deploy.doctor import compiled_kernels, examine
         from dtr_deploy.plan import gigabytes
         from dtr_deploy.report.tables import new_table
 
@@ -250,6 +250,9 @@ def doctor(debug: Debug = False) -> None:
         memory = f"{gigabytes(hardware.memory_bytes)}, {gigabytes(hardware.available_memory_bytes)} available"
         console.print(f"Memory: {memory if hardware.memory_bytes else 'unknown'}")
         console.print(f"GPUs: {'; '.join(hardware.gpus) or 'none'}")
+        built, where = compiled_kernels()
+        slow = "" if built else "; linear attention runs in torch, several times slower"
+        console.print(f"Compiled CPU kernels: {where}{slow}")
         table = new_table("Engines", "engine", "usable", "version, or why not", numbers_from=3)
         for name, (usable, reason) in engines.items():
             table.add_row(name, "yes" if usable else "no", reason)

@@ -85,6 +85,16 @@ def _gpus() -> tuple[str, ...]:
     return tuple(line.strip() for line in answer.stdout.splitlines() if line.strip())
 
 
+def compiled_kernels() -> tuple[bool, str]:
+    """Whether the CPU kernels are there, or could be compiled now; the library's file, or why not."""
+    from dtr_kernels.compiled.build import BuildError, build
+
+    try:
+        return True, str(build())
+    except BuildError as error:
+        return False, str(error)
+
+
 def environment() -> dict[str, Any]:
     """The report's `environment`: hardware and versions."""
     return {"hardware": hardware().to_dict(), "versions": versions(), "platform": platform.platform()}

@@ -21,8 +21,9 @@ def first_states(
     """Zeros for every state, by input name.
 
     past_key_values.N.key / .value: [1, kv heads, capacity, head size], a full-attention layer's cache.
-    past.N.recurrent: [1, kv heads, head size, head size], a linear layer's state.
-    past.N.conv: [1, window, 2 * kv heads * head size], the last keys and values of its softmax window.
+    past.N.recurrent: [1, kv heads, key size, value size], a linear layer's state.
+    past.N.conv: [1, window, 2 * kv heads * head size], the last keys and values of its softmax window (3 rows of values
+        where a layer is jet and there is no window).
     """
     states = {}
     for value in session.get_inputs():

@@ -1,4 +1,4 @@
-"""What the window adds: a whole form (operands, operator, readout) without and with it, and the window alone."""
+"""What the window adds: a whole form (operands, operator, output) without and with it, and the window alone."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _whole_form(inputs: Inputs, form: Form) -> Ready:
             op.q, op.k, op.v, rule=form.rule, log_decay=op.log_decay, beta=op.beta, scale=form.scale
         )
         near = window_attention(q, k, v, window=window, return_past=False)[0] if window else None
-        return form.mix(form.readout(out, hidden), near)
+        return form.output(out, hidden, near, torch.float32)
 
     return Ready(torch.no_grad()(call), plain, inputs.problem.dtype)
 
@@ -117,6 +117,6 @@ def _decoding_form(inputs: Inputs, form: Form) -> Ready:
             pool=pool,
             slots=slots,
         )
-        return form.mix(form.readout(out, hidden), near() if near else None)
+        return form.output(out, hidden, near() if near else None, torch.float32)
 
     return Ready(torch.no_grad()(call), lambda out: {"out": out[:, None]}, inputs.problem.dtype)

@@ -45,8 +45,8 @@ def available() -> tuple[bool, str]:
 class TorchEngine:
     """`Engine` over a loaded model, which it does not own: closing it leaves the model as it was.
 
-    backend: how hybrid layers run the operator ("auto", "reference", "chunked", "recurrent"). Anything but "auto" needs
-    a hybrid: ValueError otherwise.
+    backend: how hybrid layers run the operator ("auto", "reference", "chunked", "recurrent",
+    "compiled"). Anything but "auto" needs a hybrid: ValueError otherwise.
     """
 
     name = "torch"

@@ -14,6 +14,7 @@ from transformers import Cache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from dtr_kernels.compiled import rows
+from dtr_kernels.compiled.library import disabled
 from dtr_kernels.conv import dynamic_conv
 from dtr_kernels.forms import FormConfig, make_form
 from dtr_kernels.operator import linear_attention
@@ -82,12 +83,14 @@ class HybridMixer(nn.Module):
         **_: Any,
     ) -> tuple[Tensor, None]:
         """hidden_states [B,T,hidden]; attention_mask [B,T], 1 = token, or None; -> ([B,T,hidden], None)."""
-        q, k, v = self.project(hidden_states, position_embeddings)
-        states = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        mask = None if attention_mask is None else attention_mask.bool()
-        # Autocast is for the large projections: decays, states and norms stay in float32.
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            out = self._attend(q, k, v, hidden_states, states, mask)
+        # Another backend is there to check the compiled kernels, so nothing around the operator may use them either.
+        with disabled(self.backend not in ("auto", "compiled")):
+            q, k, v = self.project(hidden_states, position_embeddings)
+            states = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+            mask = None if attention_mask is None else attention_mask.bool()
+            # Autocast is for the large projections: decays, states and norms stay in float32.
+            with torch.autocast(hidden_states.device.type, enabled=False):
+                out = self._attend(q, k, v, hidden_states, states, mask)
         return self.o_proj(out), None
 
     def _attend(

@@ -55,6 +55,7 @@ def ladder_of(recipe: Recipe, run: Path, hybrid: PreTrainedModel, max_length: in
         rungs = [
             Rung("torch token loop", "fp64", loop, max_length=TOKEN_LOOP_LENGTH),
             Rung("torch recurrent", "fp32", recurrent, max_length=TOKEN_LOOP_LENGTH),
+            Rung("torch chunked", "fp32", partial(TorchEngine, hybrid, backend="chunked")),
             *rungs,
         ]
     for engine, precision in served_precisions(recipe):

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtr_kernels import compiled
 from dtr_kernels.chunked import linear_attention_chunked
 from dtr_kernels.compiled import linear as compiled_linear
+from dtr_kernels.compiled.library import can_take, is_available, unavailable_reason
 from dtr_kernels.recurrent import linear_attention_recurrent
 from dtr_kernels.reference import linear_attention_reference
 
@@ -26,7 +26,7 @@ BACKENDS = ("auto", "reference", "chunked", "recurrent", "compiled")
 
 def available_backends(device: str | torch.device = "cpu") -> tuple[str, ...]:
     """Backends that can run on a device of this type, "auto" left out."""
-    wanted = {"compiled": torch.device(device).type == "cpu" and compiled.is_available()}
+    wanted = {"compiled": torch.device(device).type == "cpu" and is_available()}
     return tuple(name for name in BACKENDS[1:] if wanted.get(name, True))
 
 
@@ -67,8 +67,8 @@ def linear_attention(
     _check(q, k, v, rule, log_decay, beta)
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r}: accepted are {', '.join(BACKENDS)}")
-    if backend == "compiled" and not _can_compile(q, k, v):
-        reason = compiled.unavailable_reason() or "it takes CPU tensors up to float32, outside torch.compile"
+    if backend == "compiled" and not can_take(q, k, v):
+        reason = unavailable_reason() or "it takes CPU tensors up to float32, outside torch.compile"
         raise ValueError(f"backend 'compiled' cannot run here: {reason}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
@@ -79,7 +79,7 @@ def linear_attention(
     elif tuple(state.shape) != shape:
         raise ValueError(f"state has shape {tuple(state.shape)}, expected {shape}")
     state = state.to(dtype)
-    if backend == "compiled" or (backend == "auto" and _can_compile(q, k, v)):
+    if backend == "compiled" or (backend == "auto" and can_take(q, k, v)):
         return _compiled(q, k, v, log_decay, beta, scale, state, cu_seqlens)
     if cu_seqlens is None:
         out, state = _run(backend, q, k, v, rule=rule, log_decay=log_decay, beta=beta, scale=scale, state=state)
@@ -134,7 +134,7 @@ def linear_attention_packed(
     Returns:
         out [N,Hq,Dv] in float32.
     """
-    if _can_compile(q, k, v) and pool.dtype in compiled_linear.POOL_DTYPES:
+    if can_take(q, k, v) and pool.dtype in compiled_linear.POOL_DTYPES:
         return compiled_linear.linear_attention_packed(
             q, k, v, log_decay=log_decay, beta=beta, scale=scale, pool=pool, slots=slots, cu_seqlens=cu_seqlens,
             has_initial_state=has_initial_state,
@@ -185,7 +185,7 @@ def linear_attention_step(
     Returns:
         out [R,Hq,Dv] in float32.
     """
-    if _can_compile(q, k, v) and pool.dtype in compiled_linear.POOL_DTYPES:
+    if can_take(q, k, v) and pool.dtype in compiled_linear.POOL_DTYPES:
         return compiled_linear.linear_attention_packed(
             q, k, v, log_decay=log_decay, beta=beta, scale=scale, pool=pool, slots=slots,
             cu_seqlens=torch.arange(len(q) + 1), has_initial_state=None,
@@ -200,15 +200,6 @@ def linear_attention_step(
     # Null rows write back what slot 0 holds: several of them write the same value, so the order does not matter.
     pool.index_copy_(0, slots.clamp_min(0), torch.where(keep[..., None], state.to(pool.dtype), rows))
     return torch.where(keep, out, 0.0)
-
-
-def _can_compile(*operands: Tensor) -> bool:
-    """Whether the compiled kernels can take these operands: plain CPU tensors of at most float32."""
-    return (
-        all(x.device.type == "cpu" and x.dtype in compiled_linear.INPUT_DTYPES for x in operands)
-        and not torch.compiler.is_compiling()
-        and compiled.is_available()
-    )
 
 
 def _compiled(

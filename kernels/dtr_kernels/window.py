@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtr_kernels import compiled
 from dtr_kernels.compiled import window as compiled_window
+from dtr_kernels.compiled.library import can_take
 
 
 def window_attention(
@@ -46,7 +46,7 @@ def window_attention(
     kv_heads = k.shape[2]
     group = query_heads // kv_heads
     scale = dim**-0.5 if scale is None else scale
-    if _can_compile(q, k, v) and (past is None or past.dtype in compiled_window.CACHE_DTYPES):
+    if can_take(q, k, v) and (past is None or past.dtype in compiled_window.CACHE_DTYPES):
         out = compiled_window.window_attention(q, k, v, window=window, scale=scale, past=past, mask=mask)
         return out, _new_past(k, v, past, mask, window) if return_past else None
     rows, past_valid = _with_past(k, v, past, mask, window)
@@ -86,15 +86,6 @@ def window_attention(
     out = weights.to(values.dtype).flatten(3, 4) @ values  # [B,N,Hkv,group*C,D]
     out = out.unflatten(3, (group, block)).permute(0, 1, 4, 2, 3, 5).reshape(batch, blocks * block, query_heads, dim)
     return out[:, :length].to(q.dtype), new_past
-
-
-def _can_compile(*operands: Tensor) -> bool:
-    """Whether the compiled kernels can take these operands: plain CPU tensors of at most float32."""
-    return (
-        all(x.device.type == "cpu" and x.dtype in compiled_window.INPUT_DTYPES for x in operands)
-        and not torch.compiler.is_compiling()
-        and compiled.is_available()
-    )
 
 
 def _new_past(k: Tensor, v: Tensor, past: Tensor | None, mask: Tensor | None, window: int) -> Tensor:
@@ -166,7 +157,7 @@ def window_attention_packed(
     Returns:
         out [N,Hq,D] in q's dtype.
     """
-    if _can_compile(q, k, v) and ring_k.dtype in compiled_window.CACHE_DTYPES:
+    if can_take(q, k, v) and ring_k.dtype in compiled_window.CACHE_DTYPES:
         return compiled_window.window_attention_packed(
             q, k, v, window=window, scale=scale, ring_k=ring_k, ring_v=ring_v, slots=slots, cu_seqlens=cu_seqlens,
             start=start,
@@ -177,7 +168,7 @@ def window_attention_packed(
         a, b = borders[r], borders[r + 1]
         if a == b:
             continue
-        slot = slots[r : r + 1].long()
+        slot = slots[r : r + 1].to(ring_k.device).long()
         live, slot = slot > 0, slot.clamp_min(0)
         past = None
         if first > 0:
@@ -217,7 +208,7 @@ def window_attention_step(
     Returns:
         out [R,Hq,D] in q's dtype.
     """
-    if _can_compile(q, k, v) and ring_k.dtype in compiled_window.CACHE_DTYPES:
+    if can_take(q, k, v) and ring_k.dtype in compiled_window.CACHE_DTYPES:
         return compiled_window.window_attention_step(
             q, k, v, window=window, scale=scale, ring_k=ring_k, ring_v=ring_v, slots=slots, positions=positions
         )

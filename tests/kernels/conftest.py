@@ -1,6 +1,6 @@
 import pytest
 
-from dtr_kernels.compiled import is_available, library
+from dtr_kernels.compiled import library
 from tests.kernels.cases import implementations
 
 
@@ -12,7 +12,7 @@ def implementation(request, monkeypatch):
     else:
         monkeypatch.setenv("DTR_KERNELS_MARCH", request.param)
     library._load.cache_clear()
-    assert is_available() == (request.param != "torch"), library.unavailable_reason()
+    assert library.is_available() == (request.param != "torch"), library.unavailable_reason()
     yield request.param
     monkeypatch.undo()
     library._load.cache_clear()

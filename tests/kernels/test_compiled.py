@@ -10,7 +10,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dtr_kernels import compiled
 from dtr_kernels.compiled import build, library, rows
 from dtr_kernels.operator import (
     RULES,
@@ -260,7 +259,7 @@ def test_a_machine_without_a_compiler_falls_back_with_one_warning(monkeypatch, t
     kwargs = dict(rule="gated_delta", log_decay=log_decay, beta=beta, state=state)
     try:
         with pytest.warns(UserWarning, match="no C compiler"):
-            assert not compiled.is_available()
+            assert not library.is_available()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             out, _ = linear_attention(q, k, v, **kwargs)
@@ -272,6 +271,24 @@ def test_a_machine_without_a_compiler_falls_back_with_one_warning(monkeypatch, t
         library._load.cache_clear()
     assert "compiled" in available_backends()
     torch.testing.assert_close(out, linear_attention(q, k, v, backend="compiled", **kwargs)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_disabled_kernels_are_not_called(monkeypatch):
+    q, k, v, log_decay, beta, state = narrow(operands("gated_delta", 1, 20, 2, 2, 8, 8, False, -1.0, None, 0))
+    run = lambda: linear_attention(  # noqa: E731
+        q, k, v, rule="gated_delta", log_decay=log_decay, beta=beta, state=state
+    )[0]
+    assert library.is_available()
+    expected = run()
+
+    def refuse(*_):
+        raise AssertionError("a compiled kernel was called")
+
+    monkeypatch.setattr("dtr_kernels.compiled.linear.call", refuse)
+    with library.disabled(), library.disabled(False):
+        torch.testing.assert_close(run(), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(AssertionError, match="was called"):
+        run()
 
 
 def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(monkeypatch, tmp_path):

@@ -3,8 +3,7 @@
 The C sources in source/ are compiled once on the machine they run on (a second or two) and loaded with ctypes. Without
 a compiler everything falls back to the torch formulations, which compute the same and are several times slower.
 `python -m dtr_kernels.compiled` builds ahead of time and says what was built.
+
+build.py compiles and imports no torch, library.py loads and calls, linear.py, window.py and rows.py are what the rest
+of the package uses.
 """
-
-from dtr_kernels.compiled.library import is_available, unavailable_reason
-
-__all__ = ["is_available", "unavailable_reason"]

@@ -3,7 +3,10 @@
 import ctypes
 import functools
 import os
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -43,9 +46,32 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     return library, ""
 
 
+_disabled = threading.local()
+
+
+@contextmanager
+def disabled(yes: bool = True) -> Iterator[None]:
+    """While this is open, this thread does without the compiled kernels: they are held to what torch computes."""
+    before = getattr(_disabled, "yes", False)
+    _disabled.yes = yes or before
+    try:
+        yield
+    finally:
+        _disabled.yes = before
+
+
 def is_available() -> bool:
     """Whether the compiled kernels can be used; the first call compiles them if need be."""
-    return _load()[0] is not None
+    return not getattr(_disabled, "yes", False) and _load()[0] is not None
+
+
+def can_take(*operands: Tensor) -> bool:
+    """Whether the compiled kernels can be given these operands: plain CPU tensors of at most float32."""
+    return (
+        all(x.device.type == "cpu" and x.dtype in TYPES for x in operands)
+        and not torch.compiler.is_compiling()
+        and is_available()
+    )
 
 
 def unavailable_reason() -> str:

@@ -13,7 +13,6 @@ from dtr_kernels.compiled.library import TYPES, call, indices, pointer, rows
 
 # Tokens between two states that the forward pass keeps for the backward pass.
 SAVED_CHUNK = 32
-INPUT_DTYPES = tuple(TYPES)
 POOL_DTYPES = (torch.float32, torch.bfloat16)
 NO_NULL_SLOT = -1
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dtr_kernels.compiled.library import TYPES, call, is_available, pointer
+from dtr_kernels.compiled.library import TYPES, call, can_take, pointer
 
 MAX_DIM = 8192  # of rows.c
 OUT_DTYPES = (torch.float32, torch.bfloat16)
@@ -18,11 +18,7 @@ OUT_DTYPES = (torch.float32, torch.bfloat16)
 
 def fits(*operands: Tensor) -> bool:
     """Whether these functions take the operands: CPU tensors up to float32 with rows of at most MAX_DIM elements."""
-    return (
-        all(x.device.type == "cpu" and x.dtype in TYPES and x.shape[-1] <= MAX_DIM for x in operands)
-        and not torch.compiler.is_compiling()
-        and is_available()
-    )
+    return all(x.shape[-1] <= MAX_DIM for x in operands) and can_take(*operands)
 
 
 def unit_rows(x: Tensor, epsilon: float) -> Tensor:

@@ -8,7 +8,6 @@ from torch.autograd.function import once_differentiable
 
 from dtr_kernels.compiled.library import TYPES, call, indices, pointer, rows
 
-INPUT_DTYPES = tuple(TYPES)
 CACHE_DTYPES = (torch.float32, torch.bfloat16)
 NO_NULL_SLOT = -1
 
