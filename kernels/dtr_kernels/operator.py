@@ -8,6 +8,7 @@ The definition is that of the ONNX operator LinearAttention (com.microsoft, and 
 State is kept per kv head and shared by its query heads, which is exact because k, v, decay and beta are per kv head.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -17,16 +18,19 @@ from torch import Tensor
 from dtr_kernels.chunked import linear_attention_chunked
 from dtr_kernels.compiled import linear as compiled_linear
 from dtr_kernels.compiled.library import can_take, is_available, unavailable_reason
+from dtr_kernels.gpu import on_gpu, triton_is_installed
 from dtr_kernels.recurrent import linear_attention_recurrent
 from dtr_kernels.reference import linear_attention_reference
 
 RULES = ("linear", "gated", "delta", "gated_delta")
-BACKENDS = ("auto", "reference", "chunked", "recurrent", "compiled")
+GPU_POOL_DTYPES = (torch.float32, torch.bfloat16)
+BACKENDS = ("auto", "reference", "chunked", "recurrent", "compiled", "triton")
 
 
 def available_backends(device: str | torch.device = "cpu") -> tuple[str, ...]:
     """Backends that can run on a device of this type, "auto" left out."""
-    wanted = {"compiled": torch.device(device).type == "cpu" and is_available()}
+    kind = torch.device(device).type
+    wanted = {"compiled": kind == "cpu" and is_available(), "triton": kind == "cuda" and triton_is_installed()}
     return tuple(name for name in BACKENDS[1:] if wanted.get(name, True))
 
 
@@ -55,8 +59,9 @@ def linear_attention(
         scale: multiplies the output; Dk ** -0.5 if None.
         state: [B,Hkv,Dk,Dv] float32 (float64 for float64 inputs), zeros if None. Not modified.
         cu_seqlens: [R+1] integers: B is 1, tokens of R sequences lie one after another, `state` is [R,Hkv,Dk,Dv].
-        backend: "auto" (compiled on a CPU; elsewhere, for float64 and under torch.compile recurrent for one token and
-            else chunked), "reference", "chunked", "recurrent" or "compiled".
+        backend: "auto" (compiled on a CPU, triton on a CUDA GPU where no gradient is wanted; otherwise, for float64 and
+            under torch.compile recurrent for one token and else chunked), or one of `BACKENDS`. "triton" has no
+            gradient, and runs on a CPU in Triton's interpreter only.
 
     Returns:
         out [B,T,Hq,Dv] in the dtype of v, and the final state in float32 (float64 for float64 inputs).
@@ -70,6 +75,11 @@ def linear_attention(
     if backend == "compiled" and not can_take(q, k, v):
         reason = unavailable_reason() or "it takes CPU tensors up to float32, outside torch.compile"
         raise ValueError(f"backend 'compiled' cannot run here: {reason}")
+    wants_gradient = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, k, v, log_decay, beta, state)
+    )
+    if backend == "triton" and wants_gradient:
+        raise ValueError("backend 'triton' has no gradient: 'chunked' and 'compiled' have")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
@@ -80,7 +90,9 @@ def linear_attention(
         raise ValueError(f"state has shape {tuple(state.shape)}, expected {shape}")
     state = state.to(dtype)
     if backend == "compiled" or (backend == "auto" and can_take(q, k, v)):
-        return _compiled(q, k, v, log_decay, beta, scale, state, cu_seqlens)
+        return _flat(_compiled, q, k, v, rule, log_decay, beta, scale, state, cu_seqlens)
+    if backend == "triton" or (backend == "auto" and on_gpu(q, k, v) and not wants_gradient):
+        return _flat(_triton, q, k, v, rule, log_decay, beta, scale, state, cu_seqlens)
     if cu_seqlens is None:
         out, state = _run(backend, q, k, v, rule=rule, log_decay=log_decay, beta=beta, scale=scale, state=state)
         return out.to(v.dtype), state
@@ -139,6 +151,13 @@ def linear_attention_packed(
             q, k, v, log_decay=log_decay, beta=beta, scale=scale, pool=pool, slots=slots, cu_seqlens=cu_seqlens,
             has_initial_state=has_initial_state,
         )  # fmt: skip
+    if on_gpu(q, k, v) and pool.dtype in GPU_POOL_DTYPES:
+        from dtr_kernels.triton import linear_attention_prefill
+
+        return linear_attention_prefill(
+            q, k, v, rule=rule, log_decay=log_decay, beta=beta, scale=scale, pool=pool, slots=slots.to(pool.device),
+            cu_seqlens=cu_seqlens, has_initial_state=has_initial_state,
+        )  # fmt: skip
     out = torch.zeros(*q.shape[:2], v.shape[-1], dtype=torch.float32, device=q.device)
     borders, initial = cu_seqlens.tolist(), has_initial_state.tolist()
     for r, (start, stop) in enumerate(pairwise(borders)):
@@ -190,6 +209,12 @@ def linear_attention_step(
             q, k, v, log_decay=log_decay, beta=beta, scale=scale, pool=pool, slots=slots,
             cu_seqlens=torch.arange(len(q) + 1), has_initial_state=None,
         )  # fmt: skip
+    if on_gpu(q, k, v) and pool.dtype in GPU_POOL_DTYPES:
+        from dtr_kernels.triton import linear_attention_decode
+
+        return linear_attention_decode(
+            q, k, v, rule=rule, log_decay=log_decay, beta=beta, scale=scale, pool=pool, slots=slots
+        )
     slots = slots.long()
     live = slots > 0
     rows = pool.index_select(0, slots.clamp_min(0))
@@ -202,25 +227,49 @@ def linear_attention_step(
     return torch.where(keep, out, 0.0)
 
 
-def _compiled(
+def _flat(
+    run: Callable[..., tuple[Tensor, Tensor]],
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    rule: str,
     log_decay: Tensor | None,
     beta: Tensor | None,
     scale: float,
     state: Tensor,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """A batch as packed sequences of one length."""
     batch, length = q.shape[:2]
     if cu_seqlens is None:
-        cu_seqlens = torch.arange(batch + 1) * length
+        cu_seqlens = torch.arange(batch + 1, device=q.device) * length
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     log_decay, beta = (None if x is None else x.flatten(0, 1) for x in (log_decay, beta))
-    out, state = compiled_linear.linear_attention_batch(
-        q, k, v, log_decay=log_decay, beta=beta, scale=scale, state=state, cu_seqlens=cu_seqlens
+    out, state = run(
+        q, k, v, rule=rule, log_decay=log_decay, beta=beta, scale=scale, state=state, cu_seqlens=cu_seqlens
     )
     return out.unflatten(0, (batch, length)).to(v.dtype), state
+
+
+def _compiled(q: Tensor, k: Tensor, v: Tensor, *, rule: str, **options: Any) -> tuple[Tensor, Tensor]:
+    return compiled_linear.linear_attention_batch(q, k, v, **options)
+
+
+def _triton(
+    q: Tensor, k: Tensor, v: Tensor, *, state: Tensor, cu_seqlens: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    from dtr_kernels.triton import linear_attention_decode, linear_attention_prefill
+
+    pool = torch.cat([state.new_zeros(1, *state.shape[1:]), state])  # slot 0 is the null slot
+    slots = torch.arange(1, len(pool), device=q.device)
+    if len(q) == len(slots) and torch.equal(cu_seqlens.cpu(), torch.arange(len(pool))):
+        out = linear_attention_decode(q, k, v, pool=pool, slots=slots, **options)
+    else:
+        initial = torch.ones(len(slots), dtype=torch.bool, device=q.device)
+        out = linear_attention_prefill(
+            q, k, v, pool=pool, slots=slots, cu_seqlens=cu_seqlens.to(q.device), has_initial_state=initial, **options
+        )
+    return out, pool[1:]
 
 
 def _run(backend: str, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:

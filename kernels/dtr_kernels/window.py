@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dtr_kernels.compiled import window as compiled_window
 from dtr_kernels.compiled.library import can_take
+from dtr_kernels.gpu import on_gpu
 
 
 def window_attention(
@@ -162,6 +163,13 @@ def window_attention_packed(
             q, k, v, window=window, scale=scale, ring_k=ring_k, ring_v=ring_v, slots=slots, cu_seqlens=cu_seqlens,
             start=start,
         )  # fmt: skip
+    if on_gpu(q, k, v):
+        from dtr_kernels.triton import window_attention_prefill
+
+        return window_attention_prefill(
+            q, k, v, window=window, scale=scale, ring_k=ring_k, ring_v=ring_v, slots=slots.to(q.device),
+            cu_seqlens=cu_seqlens.to(q.device), start=start.to(q.device),
+        )  # fmt: skip
     out = torch.zeros_like(q)
     borders, starts = cu_seqlens.tolist(), start.tolist()
     for r, first in enumerate(starts):
@@ -210,6 +218,12 @@ def window_attention_step(
     """
     if can_take(q, k, v) and ring_k.dtype in compiled_window.CACHE_DTYPES:
         return compiled_window.window_attention_step(
+            q, k, v, window=window, scale=scale, ring_k=ring_k, ring_v=ring_v, slots=slots, positions=positions
+        )
+    if on_gpu(q, k, v):
+        from dtr_kernels.triton import window_attention_decode
+
+        return window_attention_decode(
             q, k, v, window=window, scale=scale, ring_k=ring_k, ring_v=ring_v, slots=slots, positions=positions
         )
     slots, positions = slots.long(), positions.long()
