@@ -8,6 +8,7 @@ The definition is that of the ONNX operator LinearAttention (com.microsoft, and 
 State is kept per kv head and shared by its query heads, which is exact because k, v, decay and beta are per kv head.
 """
 
+import os
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -75,11 +76,15 @@ def linear_attention(
     if backend == "compiled" and not can_take(q, k, v):
         reason = unavailable_reason() or "it takes CPU tensors up to float32, outside torch.compile"
         raise ValueError(f"backend 'compiled' cannot run here: {reason}")
+    if backend == "triton" and not (on_gpu(q, k, v) or os.environ.get("TRITON_INTERPRET") == "1"):
+        raise ValueError("backend 'triton' cannot run here: it takes CUDA tensors up to float32, outside torch.compile")
     wants_gradient = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k, v, log_decay, beta, state)
     )
     if backend == "triton" and wants_gradient:
         raise ValueError("backend 'triton' has no gradient: 'chunked' and 'compiled' have")
+    if cu_seqlens is not None and q.shape[0] != 1:
+        raise ValueError(f"cu_seqlens needs a batch of 1, got {q.shape[0]}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
@@ -96,8 +101,6 @@ def linear_attention(
     if cu_seqlens is None:
         out, state = _run(backend, q, k, v, rule=rule, log_decay=log_decay, beta=beta, scale=scale, state=state)
         return out.to(v.dtype), state
-    if q.shape[0] != 1:
-        raise ValueError(f"cu_seqlens needs a batch of 1, got {q.shape[0]}")
     borders = cu_seqlens.tolist()
     outs, states = [], []
     for i, (start, stop) in enumerate(pairwise(borders)):
@@ -131,6 +134,7 @@ def linear_attention_packed(
     slots: Tensor,
     cu_seqlens: Tensor,
     has_initial_state: Tensor,
+    products: torch.dtype | None = None,
 ) -> Tensor:
     """Prefill of R ragged sequences over a state pool, in place. For serving; no gradient.
 
@@ -142,6 +146,8 @@ def linear_attention_packed(
             outputs are zero.
         cu_seqlens: [R+1] integers. has_initial_state: [R] bool; False starts from zeros whatever the slot holds.
             Both are read on the host: pass CPU tensors to avoid a device synchronisation.
+        products: what a GPU multiplies in, float32 or bfloat16 (float16 models take bfloat16: states do not fit
+            float16). None is float32 if q, k and v are float32, else bfloat16. CPUs always multiply in float32.
 
     Returns:
         out [N,Hq,Dv] in float32.
@@ -156,7 +162,7 @@ def linear_attention_packed(
 
         return linear_attention_prefill(
             q, k, v, rule=rule, log_decay=log_decay, beta=beta, scale=scale, pool=pool, slots=slots.to(pool.device),
-            cu_seqlens=cu_seqlens, has_initial_state=has_initial_state,
+            cu_seqlens=cu_seqlens, has_initial_state=has_initial_state, operand_dtype=products,
         )  # fmt: skip
     out = torch.zeros(*q.shape[:2], v.shape[-1], dtype=torch.float32, device=q.device)
     borders, initial = cu_seqlens.tolist(), has_initial_state.tolist()

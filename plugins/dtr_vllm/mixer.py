@@ -133,7 +133,8 @@ class LinearMixer(nn.Module, MambaBase):
         k = k[:tokens].unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = v[:tokens].unflatten(-1, (self.num_kv_heads, self.head_dim))
 
-        linear = self._linear(step, self.form.operands(q, k, self._values(step, v, hidden), hidden))
+        products = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
+        linear = self._linear(step, self.form.operands(q, k, self._values(step, v, hidden), hidden), products)
         window = self._window(step, q, k, v, positions) if self.window else None
         out[:tokens] = self.form.output(linear, hidden, window, out.dtype).flatten(-2)
 
@@ -158,7 +159,7 @@ class LinearMixer(nn.Module, MambaBase):
             )
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
-    def _linear(self, step: DtrMetadata, operands: Operands) -> torch.Tensor:
+    def _linear(self, step: DtrMetadata, operands: Operands, products: torch.dtype) -> torch.Tensor:
         """The operator's outputs [N, Hq, Dv] float32: one step for the decodes, then the packed prefills."""
         rule, scale, pool = self.form.rule, self.form.scale, self.state["recurrent"]
         decodes, outs = step.num_decode_tokens, []
@@ -185,6 +186,7 @@ class LinearMixer(nn.Module, MambaBase):
                     slots=step.prefills.slots,
                     cu_seqlens=step.prefills.cu_seqlens,
                     has_initial_state=step.prefills.start > 0,  # pages are never cleared: others start from zeros
+                    products=products,
                 )
             )
         return outs[0] if len(outs) == 1 else torch.cat(outs)
