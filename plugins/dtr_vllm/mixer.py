@@ -22,12 +22,12 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from dtr_kernels.conv import dynamic_conv_packed, dynamic_conv_step
-from dtr_kernels.forms import Form, Operands, make_form
+from dtr_kernels.forms import Form, make_form
 from dtr_kernels.operator import linear_attention_packed, linear_attention_step
 from dtr_kernels.window import window_attention_packed, window_attention_step
 from dtr_vllm.families import FAMILIES
 from dtr_vllm.layout import StatePage, local_sizes, page_size
-from dtr_vllm.metadata import DtrBackend, DtrMetadata
+from dtr_vllm.metadata import DtrBackend, DtrMetadata, Prefills
 
 
 class LinearMixer(nn.Module, MambaBase):
@@ -128,111 +128,112 @@ class LinearMixer(nn.Module, MambaBase):
         assert isinstance(all_metadata, dict)
         step: DtrMetadata = all_metadata[self.layer_name]
         tokens = step.num_decode_tokens + step.num_prefill_tokens
-        hidden = hidden[:tokens]
+        decodes = step.num_decode_tokens
         q = q[:tokens].unflatten(-1, (self.num_heads, self.head_dim))
         k = k[:tokens].unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = v[:tokens].unflatten(-1, (self.num_kv_heads, self.head_dim))
-
-        products = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
-        linear = self._linear(step, self.form.operands(q, k, self._values(step, v, hidden), hidden), products)
-        window = self._window(step, q, k, v, positions) if self.window else None
-        out[:tokens] = self.form.output(linear, hidden, window, out.dtype).flatten(-2)
-
-    def _values(self, step: DtrMetadata, v: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """v [N, Hkv, D] through the form's convolution, float32; v itself for a form without one."""
-        taps = self.form.taps(hidden)
-        if taps is None:
-            return v
-        pool, decodes, outs = self.state["conv"], step.num_decode_tokens, []
         if decodes:
-            outs.append(dynamic_conv_step(v[:decodes], taps[:decodes], pool=pool, slots=_decode_slots(step)))
+            rows = slice(decodes)
+            done = self._decode(
+                _decode_slots(step), q[rows], k[rows], v[rows], hidden[rows], positions[rows], out.dtype
+            )
+            out[:decodes] = done.flatten(-2)
         if step.prefills is not None:
-            outs.append(
-                dynamic_conv_packed(
-                    v[decodes:],
-                    taps[decodes:],
-                    pool=pool,
-                    slots=step.prefills.slots,
-                    cu_seqlens=step.prefills.cu_seqlens,
-                    has_initial_state=step.prefills.start > 0,
-                )
-            )
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+            rows = slice(decodes, tokens)
+            done = self._prefill(step.prefills, q[rows], k[rows], v[rows], hidden[rows], out.dtype)
+            out[decodes:tokens] = done.flatten(-2)
 
-    def _linear(self, step: DtrMetadata, operands: Operands, products: torch.dtype) -> torch.Tensor:
-        """The operator's outputs [N, Hq, Dv] float32: one step for the decodes, then the packed prefills."""
-        rule, scale, pool = self.form.rule, self.form.scale, self.state["recurrent"]
-        decodes, outs = step.num_decode_tokens, []
-        if decodes:
-            q, k, v, log_decay, beta = _rows(operands, slice(decodes))
-            slots = _decode_slots(step)
-            outs.append(
-                linear_attention_step(
-                    q, k, v, rule=rule, log_decay=log_decay, beta=beta, scale=scale, pool=pool, slots=slots
-                )
-            )
-        if step.prefills is not None:
-            q, k, v, log_decay, beta = _rows(operands, slice(decodes, None))
-            outs.append(
-                linear_attention_packed(
-                    q,
-                    k,
-                    v,
-                    rule=rule,
-                    log_decay=log_decay,
-                    beta=beta,
-                    scale=scale,
-                    pool=pool,
-                    slots=step.prefills.slots,
-                    cu_seqlens=step.prefills.cu_seqlens,
-                    has_initial_state=step.prefills.start > 0,  # pages are never cleared: others start from zeros
-                    products=products,
-                )
-            )
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-    def _window(
-        self, step: DtrMetadata, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor
+    def _decode(
+        self,
+        slots: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
-        """Softmax attention over the last W tokens, [N, Hq, D] in q's dtype."""
-        window, scale = self.window, self.head_dim**-0.5
-        ring_k, ring_v = self.state["window_k"], self.state["window_v"]
-        decodes, outs = step.num_decode_tokens, []
-        if decodes:
-            outs.append(
-                window_attention_step(
-                    q[:decodes],
-                    k[:decodes],
-                    v[:decodes],
-                    window=window,
-                    scale=scale,
-                    ring_k=ring_k,
-                    ring_v=ring_v,
-                    slots=_decode_slots(step),
-                    positions=positions[:decodes],
-                )
+        """One token a sequence: q [R, Hq, D], k, v [R, Hkv, D] -> the heads' output [R, Hq, D]."""
+        form, state, taps = self.form, self.state, self.form.taps(hidden)
+        values = v if taps is None else dynamic_conv_step(v, taps, pool=state["conv"], slots=slots)
+        at_once = form.step(q, k, v, values, hidden, state=state, slots=slots, positions=positions, dtype=dtype)
+        if at_once is not None:
+            return at_once
+        o = form.operands(q, k, values, hidden)
+        linear = linear_attention_step(
+            o.q,
+            o.k,
+            o.v,
+            rule=form.rule,
+            log_decay=o.log_decay,
+            beta=o.beta,
+            scale=form.scale,
+            pool=state["recurrent"],
+            slots=slots,
+        )
+        near = None
+        if self.window:
+            near = window_attention_step(
+                q,
+                k,
+                v,
+                window=self.window,
+                scale=self.head_dim**-0.5,
+                ring_k=state["window_k"],
+                ring_v=state["window_v"],
+                slots=slots,
+                positions=positions,
             )
-        if step.prefills is not None:
-            outs.append(
-                window_attention_packed(
-                    q[decodes:],
-                    k[decodes:],
-                    v[decodes:],
-                    window=window,
-                    scale=scale,
-                    ring_k=ring_k,
-                    ring_v=ring_v,
-                    slots=step.prefills.slots,
-                    cu_seqlens=step.prefills.cu_seqlens,
-                    start=step.prefills.start,
-                )
+        return form.output(linear, hidden, near, dtype)
+
+    def _prefill(
+        self,
+        prefills: Prefills,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        hidden: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Ragged prompts, or further chunks of them: q [N, Hq, D], k, v [N, Hkv, D] -> the heads' output [N, Hq, D]."""
+        form, state, taps = self.form, self.state, self.form.taps(hidden)
+        slots, borders = prefills.slots, prefills.cu_seqlens
+        started = prefills.start > 0  # pages are never cleared: others start from zeros
+        values = v
+        if taps is not None:
+            values = dynamic_conv_packed(
+                v, taps, pool=state["conv"], slots=slots, cu_seqlens=borders, has_initial_state=started
             )
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-
-def _rows(o: Operands, rows: slice) -> Operands:
-    decay, beta = (x if x is None else x[rows] for x in (o.log_decay, o.beta))
-    return Operands(o.q[rows], o.k[rows], o.v[rows], decay, beta)
+        o = form.operands(q, k, values, hidden)
+        linear = linear_attention_packed(
+            o.q,
+            o.k,
+            o.v,
+            rule=form.rule,
+            log_decay=o.log_decay,
+            beta=o.beta,
+            scale=form.scale,
+            pool=state["recurrent"],
+            slots=slots,
+            cu_seqlens=borders,
+            has_initial_state=started,
+            products=torch.float32 if q.dtype == torch.float32 else torch.bfloat16,
+        )
+        near = None
+        if self.window:
+            near = window_attention_packed(
+                q,
+                k,
+                v,
+                window=self.window,
+                scale=self.head_dim**-0.5,
+                ring_k=state["window_k"],
+                ring_v=state["window_v"],
+                slots=slots,
+                cu_seqlens=borders,
+                start=prefills.start,
+            )
+        return form.output(linear, hidden, near, dtype)
 
 
 def _decode_slots(step: DtrMetadata) -> torch.Tensor:

@@ -273,6 +273,33 @@ def test_a_machine_without_a_compiler_falls_back_with_one_warning(monkeypatch, t
     torch.testing.assert_close(out, linear_attention(q, k, v, backend="compiled", **kwargs)[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("slots", "borders"),
+    [([5, 1], [0, 3, 6]), ([1, 2], [0, 3, 7]), ([1, 2], [0, 4, 3]), ([1, 2], [-1, 3, 6])],
+)
+def test_indices_out_of_range_are_refused_and_write_nothing(slots, borders):
+    """In C they would be written to whatever lies there."""
+    q, k, v, log_decay, beta, _ = narrow(operands("gated_delta", 1, 6, 2, 2, 8, 8, False, -1.0, None, 0))
+    pool, rings = torch.randn(5, 2, 8, 8), [torch.randn(5, 4, 2, 8) for _ in range(2)]
+    before = [x.clone() for x in (pool, *rings)]
+    pack = dict(slots=torch.tensor(slots), cu_seqlens=torch.tensor(borders))
+    with pytest.raises(IndexError, match="outside"):
+        linear_attention_packed(
+            q[0], k[0], v[0], rule="gated_delta", log_decay=log_decay[0], beta=beta[0], scale=1.0, pool=pool,
+            has_initial_state=torch.tensor([True, True]), **pack,
+        )  # fmt: skip
+    with pytest.raises(IndexError, match="outside"):
+        window_attention_packed(
+            q[0], k[0], v[0], window=4, scale=1.0, ring_k=rings[0], ring_v=rings[1], start=torch.tensor([0, 0]), **pack
+        )
+    with pytest.raises(IndexError, match="outside"):
+        window_attention_step(
+            q[0, :2], k[0, :2], v[0, :2], window=4, scale=1.0, ring_k=rings[0], ring_v=rings[1],
+            slots=torch.tensor([1, 5]), positions=torch.tensor([0, 0]),
+        )  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip((pool, *rings), before, strict=True))
+
+
 def test_disabled_kernels_are_not_called(monkeypatch):
     q, k, v, log_decay, beta, state = narrow(operands("gated_delta", 1, 20, 2, 2, 8, 8, False, -1.0, None, 0))
     run = lambda: linear_attention(  # noqa: E731

@@ -15,18 +15,20 @@ from dtr_kernels.compiled.build import BuildError, build
 
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 SIGNATURES = {
-    "dtr_linear_forward": [_P] * 12 + [_L] * 12 + [_I] * 4 + [_F, _I],
+    "dtr_linear_forward": [_P] * 12 + [_L] * 14 + [_I] * 4 + [_F, _I],
     "dtr_linear_backward": [_P] * 16 + [_L] * 7 + [_I] * 2 + [_F, _I],
-    "dtr_window_forward": [_P] * 11 + [_L] * 11 + [_I] * 4 + [_F, _I],
+    "dtr_window_forward": [_P] * 11 + [_L] * 13 + [_I] * 4 + [_F, _I],
     "dtr_window_backward": [_P] * 9 + [_L] * 5 + [_F, _I],
-    "dtr_window_step": [_P] * 8 + [_L] * 11 + [_I] * 3 + [_F, _I],
+    "dtr_window_step": [_P] * 8 + [_L] * 12 + [_I] * 3 + [_F, _I],
     "dtr_unit_rows": [_P] * 2 + [_L] * 4 + [_I, _F, _I],
     "dtr_unit_rows_backward": [_P] * 3 + [_L] * 4 + [_I, _F, _I],
+    "dtr_form_step": [_P] * 20 + [_L] * 15 + [_I] * 8 + [_F] * 3 + [_I],
     "dtr_gates": [_P] * 5 + [_L] * 4 + [_I] * 3,
     "dtr_rotary": [_P] * 4 + [_L] * 4 + [_I] * 3,
     "dtr_readout": [_P] * 5 + [_L] * 3 + [_I] * 2 + [_F, _I],
     "dtr_readout_backward": [_P] * 9 + [_L] * 3 + [_I, _F, _I],
 }
+NO_MEMORY, BAD_INDEX = 1, 2  # simd.h
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -85,11 +87,14 @@ def pointer(x: Tensor | None) -> int | None:
 
 
 def call(name: str, *arguments: int | float | None) -> None:
-    """Call a kernel. MemoryError if it could not get its scratch memory."""
+    """Call a kernel. MemoryError: no scratch memory. IndexError: slots, positions or borders out of range."""
     library = _load()[0]
     assert library is not None
-    if getattr(library, name)(*arguments) != 0:
+    result = getattr(library, name)(*arguments)
+    if result == NO_MEMORY:
         raise MemoryError(f"{name}: no scratch memory")
+    if result == BAD_INDEX:
+        raise IndexError(f"{name}: a slot outside the pool, a negative position, or borders outside the tokens")
 
 
 def rows(x: Tensor) -> Tensor:

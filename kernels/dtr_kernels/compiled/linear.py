@@ -100,6 +100,8 @@ def _forward(
         SAVED_CHUNK,
         0 if saved is None else saved.shape[1],
         null_slot,
+        len(pool),
+        len(q),
         TYPES[q.dtype],
         TYPES[pool.dtype],
         0 if log_decay is None else log_decay.ndim - 1,

@@ -9,13 +9,14 @@ cannot differ. A form holds no state: whoever runs it keeps the states, and conv
 Parameters are float32 in every engine: they are few, and decays and gates do not survive bfloat16.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dtr_kernels.compiled import rows
+from dtr_kernels.compiled import rows, step
 
 NORM_EPS = 1e-6
 
@@ -86,6 +87,8 @@ class Form(nn.Module):
     conv_kernel: ClassVar[int] = 0
     # Whether `readout` is the one below: then it, the mix and the rounding are one pass on a CPU.
     rms_readout: ClassVar[bool] = True
+    # `operands` L2-normalises q and k with this epsilon; None: they go in as they are.
+    unit_epsilon: ClassVar[float | None] = None
     # parameter -> (kind of head its dimension counts, dimension); what is not here is replicated over ranks.
     SHARD: ClassVar[dict[str, tuple[str, int]]] = {"out_gain": ("q", 0), "window_gate": ("q", 0)}
 
@@ -136,6 +139,53 @@ class Form(nn.Module):
             share = None if window is None else torch.sigmoid(self.window_gate)
             return rows.readout(out, self.out_gain, window, share, NORM_EPS, dtype).to(dtype)
         return self.mix(self.readout(out, hidden), window).to(dtype)
+
+    def step_gates(self, hidden: Tensor) -> dict[str, Tensor] | None:
+        """What `compiled.step` makes this form's decay and beta from, or has as they are; None: it cannot."""
+        return None
+
+    @torch.no_grad()
+    def step(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        values: Tensor,
+        hidden: Tensor,
+        *,
+        state: Mapping[str, Tensor],
+        slots: Tensor,
+        positions: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor | None:
+        """One decoding step, `operands` to `output` and both states, in one call; None where there is no such call.
+
+        q [R,Hq,D], k, v [R,Hkv,D] as for `operands`, values [R,Hkv,D] v convolved (v itself without taps), hidden
+        [R,hidden_size]; state: pools by the names of `state_spec`, changed in place; slots, positions [R].
+        """
+        if not step.fits(q, values, hidden, state, dtype):
+            return None
+        gates = self.step_gates(hidden)
+        if gates is None:
+            return None
+        return step.form_step(
+            q,
+            k,
+            v,
+            values,
+            hidden,
+            gates=gates,
+            per_key=self.decay_per_key,
+            state=state,
+            slots=slots,
+            positions=positions,
+            gain=self.out_gain,
+            share=torch.sigmoid(self.window_gate) if self.config.window else None,
+            scale=self.scale,
+            unit_epsilon=self.unit_epsilon,
+            norm_epsilon=NORM_EPS,
+            dtype=dtype,
+        )
 
     @torch.no_grad()
     def start_from(self, statistics: TeacherStatistics) -> None:

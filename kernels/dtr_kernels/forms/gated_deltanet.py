@@ -29,6 +29,7 @@ class GatedDeltaNet(Form):
 
     name: ClassVar[str] = "gated_deltanet"
     rule: ClassVar[str] = "gated_delta"
+    unit_epsilon: ClassVar[float | None] = L2_EPS
     SHARD: ClassVar[dict[str, tuple[str, int]]] = {
         **Form.SHARD,
         "decay_proj.weight": ("kv", 0),
@@ -57,6 +58,15 @@ class GatedDeltaNet(Form):
             hidden = hidden.float()
             log_decay, beta = -rate * F.softplus(self.decay_proj(hidden)), torch.sigmoid(self.beta_proj(hidden))
         return Operands(l2_normalised(q), l2_normalised(k), v.float(), log_decay, beta)
+
+    def step_gates(self, hidden: Tensor) -> dict[str, Tensor]:
+        return {
+            "decay_weight": self.decay_proj.weight,
+            "decay_bias": self.decay_proj.bias,
+            "rate": torch.exp(self.decay_log_rate),
+            "beta_weight": self.beta_proj.weight,
+            "beta_bias": self.beta_proj.bias,
+        }
 
     @torch.no_grad()
     def start_from(self, statistics: TeacherStatistics) -> None:

@@ -36,9 +36,16 @@ class GatedLinearAttention(Form):
         self._start_decay(torch.full((config.num_kv_heads,), 128.0))
 
     def operands(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Operands:
+        return Operands(q.float(), k.float(), v.float(), self._log_decay(hidden), None)
+
+    def step_gates(self, hidden: Tensor) -> dict[str, Tensor]:
+        return {"log_decay": self._log_decay(hidden)}
+
+    def _log_decay(self, hidden: Tensor) -> Tensor:
+        """[...,Hkv,D]"""
         logits = self.decay_up(self.decay_down(hidden.float()))
         log_decay = F.logsigmoid(logits) / DECAY_TEMPERATURE
-        return Operands(q.float(), k.float(), v.float(), log_decay.unflatten(-1, k.shape[-2:]), None)
+        return log_decay.unflatten(-1, (self.config.num_kv_heads, self.config.head_dim))
 
     @torch.no_grad()
     def start_from(self, statistics: TeacherStatistics) -> None:

@@ -225,25 +225,26 @@ static void run_task(const Problem *p, int64_t sequence, int64_t head, int64_t c
 }
 
 /* The operator over R ragged sequences and a pool of states, updated in place. Slots <= null_slot are skipped: the pool
- * stays as it is and `out` is set to zero. Returns 0, or 1 if scratch memory could not be had. */
+ * stays as it is and `out` is set to zero. */
 int dtr_linear_forward(const void *q, const void *k, const void *v, const float *log_decay, const float *beta, float *out,
                        void *pool, const int64_t *slots, const int64_t *borders, const uint8_t *initial, float *error,
                        float *saved, int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t pool_stride,
                        int64_t sequences, int64_t heads, int64_t group, int64_t key_dim, int64_t value_dim,
-                       int64_t saved_chunk, int64_t saved_per_sequence, int64_t null_slot, int type, int pool_type,
-                       int decay_kind, int delta, float scale, int threads) {
+                       int64_t saved_chunk, int64_t saved_per_sequence, int64_t null_slot, int64_t pool_slots,
+                       int64_t tokens, int type, int pool_type, int decay_kind, int delta, float scale, int threads) {
     const Problem p = {q, k, v, log_decay, beta, out, pool, slots, borders, initial, error, saved, q_stride, k_stride,
                        v_stride, pool_stride, heads, group, key_dim, value_dim, saved_chunk, saved_per_sequence, type,
                        pool_type, decay_kind, delta, scale};
     const int64_t blocks = (value_dim + BLOCK - 1) / BLOCK, tasks = sequences * heads * blocks;
-    int failed = 0;
+    int failed = DONE;
+    if (!fits(slots, borders, sequences, pool_slots, tokens)) return BAD_INDEX;
     threads = (int)MIN((int64_t)threads, tasks);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         float *S = scratch(key_dim * BLOCK + work_floats(key_dim));
         if (!S) {
 #pragma omp atomic write
-            failed = 1;
+            failed = NO_MEMORY;
         }
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++) {

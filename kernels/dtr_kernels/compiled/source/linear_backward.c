@@ -205,8 +205,7 @@ static void run_task(const Problem *p, int64_t sequence, int64_t head, float *wo
 }
 
 /* Gradients of `dtr_linear_forward` for float operands, all contiguous: q, grad_q [N,Hq,Dk]; k [N,Hkv,Dk]; v [N,Hkv,Dv];
- * grad_out [N,Hq,Dv]; grad_final (or NULL), grad_initial [R,Hkv,Dk,Dv]. `chunk` is the forward's saved_chunk. Returns 0,
- * or 1 if scratch memory could not be had. */
+ * grad_out [N,Hq,Dv]; grad_final (or NULL), grad_initial [R,Hkv,Dk,Dv]. `chunk` is the forward's saved_chunk. */
 int dtr_linear_backward(const float *q, const float *k, const float *v, const float *log_decay, const float *beta,
                         const float *error, const float *saved, const float *grad_out, const float *grad_final,
                         float *grad_q, float *grad_k, float *grad_v, float *grad_decay, float *grad_beta,
@@ -217,14 +216,14 @@ int dtr_linear_backward(const float *q, const float *k, const float *v, const fl
                        grad_beta, grad_initial, borders, heads, group, key_dim, value_dim, chunk, saved_per_sequence,
                        decay_kind, delta, scale};
     const int64_t tasks = sequences * heads, padded = (key_dim + LANES - 1) / LANES * LANES;
-    int failed = 0;
+    int failed = DONE;
     threads = (int)MIN((int64_t)threads, tasks);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         float *work = scratch(scratch_floats(&p, padded));
         if (!work) {
 #pragma omp atomic write
-            failed = 1;
+            failed = NO_MEMORY;
         }
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++)

@@ -14,8 +14,6 @@ INLINE float dot(const float *a, const float *b, int64_t n) {
     return total;
 }
 
-/* The ones without scratch memory return 0, as all do. */
-
 /* out = x / sqrt(sum x^2 + epsilon) over dim. x [tokens, heads, dim] any type, tokens `stride` elements apart; out float. */
 int dtr_unit_rows(const void *x, float *out, int64_t tokens, int64_t heads, int64_t dim, int64_t stride, int type,
                   float epsilon, int threads) {
@@ -27,7 +25,7 @@ int dtr_unit_rows(const void *x, float *out, int64_t tokens, int64_t heads, int6
         const float scale = 1.0f / sqrtf(dot(row, row, dim) + epsilon);
         for (int64_t i = 0; i < dim; i++) out[r * dim + i] = scale * row[i];
     }
-    return 0;
+    return DONE;
 }
 
 /* y = s x with s = (sum x^2 + epsilon)^-1/2: dx = s (dy - y (y . dy)). */
@@ -43,7 +41,7 @@ int dtr_unit_rows_backward(const void *x, const float *grad_out, float *grad, in
         const float along = scale * scale * dot(row, dy, dim);
         for (int64_t i = 0; i < dim; i++) grad[r * dim + i] = scale * (dy[i] - along * row[i]);
     }
-    return 0;
+    return DONE;
 }
 
 /* Rotary embedding of halves: out = x cos + rotate_half(x) sin. x [tokens, heads, dim] any type, cos, sin [tokens, dim]
@@ -70,7 +68,7 @@ int dtr_rotary(const void *x, const float *cosine, const float *sine, float *out
                 }
         }
     }
-    return 0;
+    return DONE;
 }
 
 enum { SIGMOID = 0, DECAY = 1 };
@@ -89,7 +87,7 @@ int dtr_gates(const void *h, const float *weight, const float *bias, const float
                                                    : -rate[j] * (MAX(z, 0.0f) + log1pf(expf(-fabsf(z))));
         }
     }
-    return 0;
+    return DONE;
 }
 
 /* out = (1 - f) gain x / rms(x) + f window; without a window f is 0. x [tokens, heads, dim] float, window any type,
@@ -112,18 +110,18 @@ int dtr_readout(const float *x, const float *gain, const void *window, const flo
             narrow((char *)out + offset * bytes_of(out_type), out_type, mixed, dim);
         }
     }
-    return 0;
+    return DONE;
 }
 
 /* With n = x / rms(x), z = gain n, dz = (1 - f) dy: dgain = sum dz n, dn = gain dz, dx = (dn - n mean(n dn)) / rms(x),
- * dwindow = f dy, df = sum dy (window - z). Returns 0, or 1 if memory could not be had. */
+ * dwindow = f dy, df = sum dy (window - z). */
 int dtr_readout_backward(const float *x, const float *gain, const void *window, const float *share, const float *grad_out,
                          float *grad_x, float *grad_gain, float *grad_window, float *grad_share, int64_t tokens,
                          int64_t heads, int64_t dim, int window_type, float epsilon, int threads) {
     /* Sums over tokens in fixed parts, added up in order: the same result in every run. */
     const int64_t parts = MIN(tokens, 64), size = heads * (dim + 1);
     float *sums = calloc((size_t)MAX(1, parts * size), 4);
-    if (!sums) return 1;
+    if (!sums) return NO_MEMORY;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t part = 0; part < parts; part++) {
         float near[MAX_DIM], n[MAX_DIM], dn[MAX_DIM];
@@ -157,5 +155,5 @@ int dtr_readout_backward(const float *x, const float *gain, const void *window, 
         for (int64_t h = 0; window && h < heads; h++) grad_share[h] += sums[part * size + heads * dim + h];
     }
     free(sums);
-    return 0;
+    return DONE;
 }

@@ -126,6 +126,19 @@ INLINE const void *at(const void *base, int type, int64_t element) {
     return (const char *)base + element * bytes_of(type);
 }
 
+/* What kernels return. */
+enum { DONE = 0, NO_MEMORY = 1, BAD_INDEX = 2 };
+
+/* Whether R sequences lie within `tokens` rows, one after another, and their slots within a pool of `pool_slots`. */
+static inline int fits(const int64_t *slots, const int64_t *borders, int64_t sequences, int64_t pool_slots, int64_t tokens) {
+    int64_t last = 0;
+    for (int64_t r = 0; r < sequences; r++) {
+        if (slots[r] >= pool_slots || borders[r] < last || borders[r + 1] < borders[r]) return 0;
+        last = borders[r + 1];
+    }
+    return last <= tokens;
+}
+
 /* Scratch memory of one thread, aligned to a cache line; size in floats. */
 INLINE float *scratch(int64_t floats) {
     return (float *)aligned_alloc(64, (size_t)((floats * 4 + 63) / 64 * 64 + 64));

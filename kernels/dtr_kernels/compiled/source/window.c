@@ -47,25 +47,26 @@ static void write_ring(const Window *w, int64_t sequence, void *ring_k, void *ri
 }
 
 /* R ragged sequences. With `ring`, past_k and past_v are rings [S,W,Hkv,D] that take the new tokens; else they are only
- * read and may be NULL. Slots <= null_slot: zeros in `out`, ring as it was. Returns 0, or 1 without scratch memory. */
+ * read and may be NULL. Slots <= null_slot: zeros in `out`, ring as it was. */
 int dtr_window_forward(const void *q, const void *k, const void *v, void *past_k, void *past_v, const uint8_t *past_valid,
                        const uint8_t *mask, const int64_t *slots, const int64_t *borders, const int64_t *start, void *out,
                        int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t past_slot, int64_t past_row,
                        int64_t sequences, int64_t heads, int64_t group, int64_t dim, int64_t window, int64_t null_slot,
-                       int type, int past_type, int out_type, int ring, float scale, int threads) {
+                       int64_t pool_slots, int64_t tokens, int type, int past_type, int out_type, int ring, float scale, int threads) {
     const Window w = {q, k, v, past_k, past_v, past_valid, mask, slots, borders, start, q_stride, k_stride, v_stride,
                       past_slot, past_row, heads, group, dim, window, type, past_type, ring, scale};
+    if (!fits(slots, borders, sequences, pool_slots, tokens)) return BAD_INDEX;
     int64_t *segments = malloc((size_t)(sequences + 1) * sizeof(int64_t));
-    if (!segments) return 1;
+    if (!segments) return NO_MEMORY;
     const int64_t tasks = count_segments(borders, sequences, segments) * heads;
-    int failed = 0;
+    int failed = DONE;
     threads = (int)MAX(1, MIN((int64_t)threads, tasks));
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         float *work = scratch(scratch_floats(&w));
         if (!work) {
 #pragma omp atomic write
-            failed = 1;
+            failed = NO_MEMORY;
         }
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++) {
@@ -143,18 +144,21 @@ static void run_step(const Window *w, int64_t row, int64_t head, int64_t positio
 int dtr_window_step(const void *q, const void *k, const void *v, void *ring_k, void *ring_v, const int64_t *slots,
                     const int64_t *positions, void *out, int64_t q_stride, int64_t k_stride, int64_t v_stride,
                     int64_t past_slot, int64_t past_row, int64_t rows, int64_t heads, int64_t group, int64_t dim,
-                    int64_t window, int64_t null_slot, int type, int past_type, int out_type, float scale, int threads) {
+                    int64_t window, int64_t null_slot, int64_t pool_slots, int type, int past_type, int out_type,
+                    float scale, int threads) {
+    for (int64_t row = 0; row < rows; row++)
+        if (slots[row] >= pool_slots || positions[row] < 0) return BAD_INDEX;
     const Window w = {q, k, v, ring_k, ring_v, NULL, NULL, slots, NULL, NULL, q_stride, k_stride, v_stride,
                       past_slot, past_row, heads, group, dim, window, type, past_type, 1, scale};
     const int64_t padded = whole_lanes(dim), tasks = rows * heads;
-    int failed = 0;
+    int failed = DONE;
     threads = (int)MAX(1, MIN((int64_t)threads, tasks));
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         float *work = scratch(2 * window * padded + 2 * padded + whole_lanes(window));
         if (!work) {
 #pragma omp atomic write
-            failed = 1;
+            failed = NO_MEMORY;
         }
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < tasks; task++) {

@@ -65,14 +65,14 @@ int dtr_window_backward(const float *q, const float *k, const float *v, const ui
     const Window w = {q, k, v, NULL, NULL, NULL, mask, NULL, borders, NULL, heads * group * dim, heads * dim, heads * dim,
                       0, 0, heads, group, dim, window, FLOAT32, FLOAT32, 0, scale};
     const int64_t tasks = sequences * heads;
-    int failed = 0;
+    int failed = DONE;
     threads = (int)MAX(1, MIN((int64_t)threads, tasks));
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         float *work = scratch(scratch_floats(&w));
         if (!work) {
 #pragma omp atomic write
-            failed = 1;
+            failed = NO_MEMORY;
         }
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++) {

@@ -1,0 +1,75 @@
+"""A form's decoding step in one call against the same step operator by operator in torch, without compiled kernels."""
+
+import pytest
+import torch
+
+from dtr_kernels.compiled.library import disabled
+from dtr_kernels.conv import dynamic_conv_step
+from dtr_kernels.forms import FormConfig, make_form
+from dtr_kernels.operator import linear_attention_step
+from dtr_kernels.window import window_attention_step
+from tests.kernels.cases import assert_close
+
+SLOTS = torch.tensor([3, 0, 1, 5], dtype=torch.int32)
+POSITIONS = torch.tensor([40, 7, 2, 15])  # a wrapped ring, a null row, a young one, one that is just full
+
+
+def operator_by_operator(form, q, k, v, values, hidden, state, dtype):
+    o = form.operands(q, k, values, hidden)
+    linear = linear_attention_step(
+        o.q, o.k, o.v, rule=form.rule, log_decay=o.log_decay, beta=o.beta, scale=form.scale, pool=state["recurrent"],
+        slots=SLOTS,
+    )  # fmt: skip
+    near = None
+    if form.config.window:
+        near = window_attention_step(
+            q, k, v, window=form.config.window, scale=form.config.head_dim**-0.5, ring_k=state["window_k"],
+            ring_v=state["window_v"], slots=SLOTS, positions=POSITIONS,
+        )  # fmt: skip
+    return form.output(linear, hidden, near, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [0, 16])
+@pytest.mark.parametrize(("dim", "group"), [(64, 3), (20, 1), (32, 8)])
+@pytest.mark.parametrize("name", ["gated_deltanet", "gla", "jet"])
+@torch.no_grad()
+def test_step_equals_its_operators(implementation, name, dim, group, window, dtype):
+    torch.manual_seed(0)
+    form = make_form(name, FormConfig(24, 2 * group, 2, dim, window))
+    for p in form.parameters():
+        p.add_(0.3 * torch.randn_like(p))
+    rows = len(SLOTS)
+    packed = torch.randn(rows, (2 * group + 4) * dim).to(dtype)  # q, k and v of one projection: rows lie apart
+    q, k, v = (x.unflatten(-1, (-1, dim)) for x in packed.split([2 * group * dim, 2 * dim, 2 * dim], -1))
+    hidden = torch.randn(rows, 24).to(dtype)
+    state = {n: torch.randn(6, *spec.shape).to(spec.dtype) for n, spec in form.state_spec(dtype).items()}
+    values, taps = v, form.taps(hidden)
+    if taps is not None:
+        values = dynamic_conv_step(v, taps, pool=state["conv"], slots=SLOTS)
+    before = {n: x.clone() for n, x in state.items()}
+    expected_state = {n: x.clone() for n, x in state.items()}
+    with disabled():
+        expected = operator_by_operator(form, q, k, v, values, hidden, expected_state, dtype)
+    given = dict(state=state, slots=SLOTS, positions=POSITIONS, dtype=dtype)
+    out = form.step(q, k, v, values, hidden, **given)
+    if implementation == "torch":
+        assert out is None and all(torch.equal(state[n], before[n]) for n in state)
+        return
+    live = SLOTS > 0
+    # bfloat16: the torch window rounds its weights and its output once more
+    assert_close(out[live], expected[live].double(), 1e-5 if dtype == torch.float32 else 2e-2)
+    assert not out[~live].any() and out.dtype == dtype
+    for n, x in state.items():
+        assert_close(x, expected_state[n].double(), 1e-5)
+        assert torch.equal(x[[0, 2, 4]], before[n][[0, 2, 4]])
+
+
+@torch.no_grad()
+def test_hedgehog_and_half_precision_states_go_operator_by_operator():
+    for name, stored in (("hedgehog", torch.float32), ("gla", torch.float16)):
+        form = make_form(name, FormConfig(24, 2, 2, 8))
+        state = {"recurrent": torch.zeros(3, 2, form.key_dim, form.value_dim, dtype=stored)}
+        q, hidden = torch.randn(1, 2, 8), torch.randn(1, 24)
+        at = dict(slots=torch.tensor([1]), positions=torch.tensor([0]), dtype=torch.float32)
+        assert form.step(q, q, q, q, hidden, state=state, **at) is None
