@@ -128,20 +128,17 @@ class LinearMixer(nn.Module, MambaBase):
         assert isinstance(all_metadata, dict)
         step: DtrMetadata = all_metadata[self.layer_name]
         tokens = step.num_decode_tokens + step.num_prefill_tokens
-        decodes = step.num_decode_tokens
+        decodes, heads_out = step.num_decode_tokens, out.unflatten(-1, (self.num_heads, self.head_dim))
         q = q[:tokens].unflatten(-1, (self.num_heads, self.head_dim))
         k = k[:tokens].unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = v[:tokens].unflatten(-1, (self.num_kv_heads, self.head_dim))
         if decodes:
             rows = slice(decodes)
-            done = self._decode(
-                _decode_slots(step), q[rows], k[rows], v[rows], hidden[rows], positions[rows], out.dtype
-            )
-            out[:decodes] = done.flatten(-2)
+            slots = _decode_slots(step)
+            self._decode(slots, q[rows], k[rows], v[rows], hidden[rows], positions[rows], heads_out[rows])
         if step.prefills is not None:
             rows = slice(decodes, tokens)
-            done = self._prefill(step.prefills, q[rows], k[rows], v[rows], hidden[rows], out.dtype)
-            out[decodes:tokens] = done.flatten(-2)
+            heads_out[rows] = self._prefill(step.prefills, q[rows], k[rows], v[rows], hidden[rows], out.dtype)
 
     def _decode(
         self,
@@ -151,14 +148,13 @@ class LinearMixer(nn.Module, MambaBase):
         v: torch.Tensor,
         hidden: torch.Tensor,
         positions: torch.Tensor,
-        dtype: torch.dtype,
-    ) -> torch.Tensor:
-        """One token a sequence: q [R, Hq, D], k, v [R, Hkv, D] -> the heads' output [R, Hq, D]."""
+        out: torch.Tensor,
+    ) -> None:
+        """One token a sequence: q [R, Hq, D], k, v [R, Hkv, D] -> the heads' output, out [R, Hq, D]."""
         form, state, taps = self.form, self.state, self.form.taps(hidden)
         values = v if taps is None else dynamic_conv_step(v, taps, pool=state["conv"], slots=slots)
-        at_once = form.step(q, k, v, values, hidden, state=state, slots=slots, positions=positions, dtype=dtype)
-        if at_once is not None:
-            return at_once
+        if form.step(q, k, v, values, hidden, state=state, slots=slots, positions=positions, out=out):
+            return
         o = form.operands(q, k, values, hidden)
         linear = linear_attention_step(
             o.q,
@@ -184,7 +180,7 @@ class LinearMixer(nn.Module, MambaBase):
                 slots=slots,
                 positions=positions,
             )
-        return form.output(linear, hidden, near, dtype)
+        out.copy_(form.output(linear, hidden, near, out.dtype))
 
     def _prefill(
         self,

@@ -51,15 +51,16 @@ def test_step_equals_its_operators(implementation, name, dim, group, window, dty
     expected_state = {n: x.clone() for n, x in state.items()}
     with disabled():
         expected = operator_by_operator(form, q, k, v, values, hidden, expected_state, dtype)
-    given = dict(state=state, slots=SLOTS, positions=POSITIONS, dtype=dtype)
-    out = form.step(q, k, v, values, hidden, **given)
-    if implementation == "torch":
-        assert out is None and all(torch.equal(state[n], before[n]) for n in state)
+    out = torch.full((rows, 2 * group, dim), 7.0, dtype=dtype)
+    done = form.step(q, k, v, values, hidden, state=state, slots=SLOTS, positions=POSITIONS, out=out)
+    assert done == (implementation != "torch")
+    if not done:
+        assert (out == 7).all() and all(torch.equal(state[n], before[n]) for n in state)
         return
     live = SLOTS > 0
     # bfloat16: the torch window rounds its weights and its output once more
     assert_close(out[live], expected[live].double(), 1e-5 if dtype == torch.float32 else 2e-2)
-    assert not out[~live].any() and out.dtype == dtype
+    assert not out[~live].any()
     for n, x in state.items():
         assert_close(x, expected_state[n].double(), 1e-5)
         assert torch.equal(x[[0, 2, 4]], before[n][[0, 2, 4]])
@@ -71,5 +72,5 @@ def test_hedgehog_and_half_precision_states_go_operator_by_operator():
         form = make_form(name, FormConfig(24, 2, 2, 8))
         state = {"recurrent": torch.zeros(3, 2, form.key_dim, form.value_dim, dtype=stored)}
         q, hidden = torch.randn(1, 2, 8), torch.randn(1, 24)
-        at = dict(slots=torch.tensor([1]), positions=torch.tensor([0]), dtype=torch.float32)
-        assert form.step(q, q, q, q, hidden, state=state, **at) is None
+        at = dict(slots=torch.tensor([1]), positions=torch.tensor([0]), out=torch.zeros(1, 2, 8))
+        assert not form.step(q, q, q, q, hidden, state=state, **at)

@@ -156,19 +156,20 @@ class Form(nn.Module):
         state: Mapping[str, Tensor],
         slots: Tensor,
         positions: Tensor,
-        dtype: torch.dtype,
-    ) -> Tensor | None:
-        """One decoding step, `operands` to `output` and both states, in one call; None where there is no such call.
+        out: Tensor,
+    ) -> bool:
+        """One decoding step, `operands` to `output` and both states, in one call; False where there is no such call.
 
         q [R,Hq,D], k, v [R,Hkv,D] as for `operands`, values [R,Hkv,D] v convolved (v itself without taps), hidden
-        [R,hidden_size]; state: pools by the names of `state_spec`, changed in place; slots, positions [R].
+        [R,hidden_size]; state: pools by the names of `state_spec`, changed in place; slots, positions [R]; out
+        [R,Hq,D], written.
         """
-        if not step.fits(q, values, hidden, state, dtype):
-            return None
+        if not step.fits(q, values, hidden, state, out):
+            return False
         gates = self.step_gates(hidden)
         if gates is None:
-            return None
-        return step.form_step(
+            return False
+        step.form_step(
             q,
             k,
             v,
@@ -180,12 +181,13 @@ class Form(nn.Module):
             slots=slots,
             positions=positions,
             gain=self.out_gain,
-            share=torch.sigmoid(self.window_gate) if self.config.window else None,
+            window_gate=self.window_gate if self.config.window else None,
             scale=self.scale,
             unit_epsilon=self.unit_epsilon,
             norm_epsilon=NORM_EPS,
-            dtype=dtype,
+            out=out,
         )
+        return True
 
     @torch.no_grad()
     def start_from(self, statistics: TeacherStatistics) -> None:

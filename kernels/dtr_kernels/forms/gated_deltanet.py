@@ -63,7 +63,7 @@ class GatedDeltaNet(Form):
         return {
             "decay_weight": self.decay_proj.weight,
             "decay_bias": self.decay_proj.bias,
-            "rate": torch.exp(self.decay_log_rate),
+            "log_rate": self.decay_log_rate,
             "beta_weight": self.beta_proj.weight,
             "beta_bias": self.beta_proj.bias,
         }

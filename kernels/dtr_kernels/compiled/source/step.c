@@ -23,24 +23,27 @@ static void gather_rows(const void *from, int type, int64_t stride, int64_t toke
 
 /* q [R,Hq,D], k, v [R,Hkv,D] of one type, as the window sees them; values [R,Hkv,D] what the linear branch writes (v, or
  * v convolved). unit: q and k are L2-normalised for the linear branch. Gates: from hidden [R,inputs] where weights are
- * given (see dtr_gates), else log_decay and beta as they are, NULL for rules without. window 0: no rings. out [R,Hq,D]
- * float or bfloat16. Slots <= 0 leave the states as they are and give zeros. */
+ * given (see dtr_gates; the rate is exp(log_rate)), else log_decay and beta as they are, NULL for rules without. window 0: no
+ * rings; else its share of the mix is sigmoid(window_gate). out [R,Hq,D] float or bfloat16. Slots <= 0 leave the states as they are and give zeros. */
 int dtr_form_step(const void *q, const void *k, const void *v, const void *values, const void *hidden,
-                  const float *decay_weight, const float *decay_bias, const float *rate, const float *beta_weight,
+                  const float *decay_weight, const float *decay_bias, const float *log_rate, const float *beta_weight,
                   const float *beta_bias, const float *log_decay, const float *beta, void *pool, const int64_t *slots,
-                  void *ring_k, void *ring_v, const int64_t *positions, const float *gain, const float *share, void *out,
+                  void *ring_k, void *ring_v, const int64_t *positions, const float *gain, const float *window_gate, void *out,
                   int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t values_stride, int64_t hidden_stride,
                   int64_t pool_stride, int64_t ring_slot, int64_t ring_row, int64_t tokens, int64_t heads, int64_t group,
                   int64_t dim, int64_t inputs, int64_t window, int64_t pool_slots, int type, int values_type,
                   int hidden_type, int pool_type, int ring_type, int out_type, int decay_kind, int unit,
                   float unit_epsilon, float norm_epsilon, float scale, int threads) {
     const int64_t q_size = tokens * heads * group * dim, kv_size = tokens * heads * dim, gate_size = tokens * heads;
-    float *work = scratch(3 * q_size + 2 * kv_size + 2 * gate_size + 2 * (tokens + 1));
+    float *work = scratch(3 * q_size + 2 * kv_size + 2 * gate_size + 2 * (tokens + 2) + heads * (group + 1));
     if (!work) return NO_MEMORY;
     float *queries = work, *keys = queries + q_size, *writes = keys + kv_size, *linear = writes + kv_size;
     float *near = linear + q_size, *decays = near + q_size, *betas = decays + gate_size;
-    int64_t *borders = (int64_t *)(((uintptr_t)(betas + gate_size) + 7) / 8 * 8);
+    float *rate = betas + gate_size, *share = rate + heads;
+    int64_t *borders = (int64_t *)(((uintptr_t)(share + heads * group) + 7) / 8 * 8);
     for (int64_t t = 0; t <= tokens; t++) borders[t] = t;
+    for (int64_t h = 0; decay_weight && h < heads; h++) rate[h] = expf(log_rate[h]);
+    for (int64_t h = 0; window && h < heads * group; h++) share[h] = 1.0f / (1.0f + expf(-window_gate[h]));
     const int few = tokens < 4 ? 1 : threads; /* waking another thread costs more than a few rows do */
     if (unit) {
         dtr_unit_rows(q, queries, tokens, heads * group, dim, q_stride, type, unit_epsilon, few);
