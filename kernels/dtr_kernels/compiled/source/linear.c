@@ -12,6 +12,8 @@
 #define BLOCK (BLOCK_VECTORS * LANES) /* value columns of a task */
 #define MAX_GROUP 4                   /* query heads read out in the main pass; more take passes of their own */
 
+#define AHEAD 6                       /* tokens between asking for operands and using them */
+
 enum { NO_DECAY = 0, HEAD_DECAY = 1, KEY_DECAY = 2 };
 
 typedef struct {
@@ -116,7 +118,10 @@ INLINE const float *read_row(const void *base, int type, int64_t element, int64_
 INLINE void make_write(const Problem *p, int64_t t, int64_t head, int64_t column, int64_t columns, float decay,
                        const float *restrict recall, float *restrict u) {
     const int64_t row = t * p->heads + head;
-    widen(u, at(p->v, p->type, t * p->v_stride + head * p->value_dim + column), p->type, columns);
+    const void *value = at(p->v, p->type, t * p->v_stride + head * p->value_dim + column);
+    if (p->type == FLOAT32 && columns == BLOCK)
+        for (int n = 0; n < BLOCK_VECTORS; n++) store(u + n * LANES, load((const float *)value + n * LANES));
+    else widen(u, value, p->type, columns);
     if (!p->delta) return;
     for (int n = 0; n < BLOCK_VECTORS; n++)
         store(u + n * LANES, load(u + n * LANES) - decay * load(recall + n * LANES));
@@ -140,9 +145,9 @@ INLINE void write_and_read(const Problem *p, TokenPass *pass, int64_t t, int64_t
         if (first == 0) pass(S, step, key_dim, q, k, k_next, decay, u, recall, out);
         else read_out(S, step, q, key_dim, out);
         for (int64_t g = 0; g < queries; g++) {
-            for (int n = 0; n < BLOCK_VECTORS; n++)
-                store(out + g * BLOCK + n * LANES, p->scale * load(out + g * BLOCK + n * LANES));
-            memcpy(to + (first + g) * value_dim, out + g * BLOCK, (size_t)columns * 4);
+            float *row = columns == BLOCK ? to + (first + g) * value_dim : out + g * BLOCK;
+            for (int n = 0; n < BLOCK_VECTORS; n++) store(row + n * LANES, p->scale * load(out + g * BLOCK + n * LANES));
+            if (columns < BLOCK) memcpy(to + (first + g) * value_dim, row, (size_t)columns * 4);
         }
     }
 }
@@ -165,6 +170,11 @@ static void run_tokens(const Problem *p, int64_t sequence, int64_t head, int64_t
         /* Prepare token t's key and decay, while token t - 1 is the one to be passed over. */
         const int now = (int)((t - first) & 1), before = now ^ 1;
         const float *k_next = t < last ? NULL : keys[before]; /* after the last token: what it sums is not used */
+        if (t + AHEAD < last) {
+            prefetch(p->k, p->type, (t + AHEAD) * p->k_stride + head * key_dim, key_dim);
+            prefetch(p->q, p->type, (t + AHEAD) * p->q_stride + head * p->group * key_dim, p->group * key_dim);
+            prefetch(p->v, p->type, (t + AHEAD) * p->v_stride + head * value_dim + column, columns);
+        }
         if (t < last) {
             k_next = keys[now] = read_row(p->k, p->type, t * p->k_stride + head * key_dim, key_dim, rows + now * key_dim);
             read_decay(p, t, head, decays[now]);

@@ -16,6 +16,7 @@
 #include "simd.h"
 
 #define ROWS 32 /* value columns handled at a time: with a chunk of 32 tokens and Dk = 64 the states fill 256 KiB */
+#define AHEAD 6 /* tokens between asking for operands and using them */
 #define PART 4  /* rows whose sums stay in registers together */
 
 typedef struct {
@@ -154,6 +155,12 @@ static void run_task(const Problem *p, int64_t sequence, int64_t head, float *wo
                 for (int64_t j = 0; j < columns; j++) states[j * padded + i] = saved[i * value_dim + j];
             for (int64_t c = 0; c < tokens; c++) {
                 const int64_t row = (start + c) * heads + head;
+                prefetch(p->k, FLOAT32, (row + AHEAD * heads) * key_dim, key_dim); /* may lie past the end */
+                prefetch(p->delta ? p->error : p->v, FLOAT32, (row + AHEAD * heads) * value_dim + column, columns);
+                for (int64_t g = 0; g < group; g++) { /* for the way back */
+                    prefetch(p->q, FLOAT32, (row * group + g) * key_dim, key_dim);
+                    prefetch(p->grad_out, FLOAT32, (row * group + g) * value_dim + column, columns);
+                }
                 float *k = keys + c * padded, *decay = decays + c * padded, *u = writes + c * ROWS, *e = errors + c * ROWS;
                 memcpy(k, p->k + row * key_dim, (size_t)key_dim * 4);
                 if (p->decay_kind == KEY_DECAY) {

@@ -7,6 +7,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define VECTOR_BYTES 64
@@ -34,7 +37,13 @@ INLINE vec splat(float x) { return x - (vec){0}; }
 INLINE vec select_vec(ivec condition, vec yes, vec no) {
     return (vec)(((ivec)yes & condition) | ((ivec)no & ~condition));
 }
+#if defined(__AVX512F__)
+INLINE vec larger(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX__)
+INLINE vec larger(vec a, vec b) { return (vec)_mm256_max_ps((__m256)a, (__m256)b); }
+#else
 INLINE vec larger(vec a, vec b) { return select_vec(a > b, a, b); }
+#endif
 
 #if defined(__clang__) || __GNUC__ >= 12
 #define SHUFFLE(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
@@ -63,11 +72,9 @@ INLINE vec larger(vec a, vec b) { return select_vec(a > b, a, b); }
 INLINE float sum_lanes(vec x) { OVER_LANES(x, PLUS) return x[0]; }
 INLINE float max_lanes(vec x) { OVER_LANES(x, larger) return x[0]; }
 
-/* exp(x) within 1.5 units in the last place; 0 below -87.3. After Cephes' expf. */
+/* exp(x) for x <= 88 within 1.5 units in the last place; 0 below -87.7. After Cephes' expf. */
 INLINE vec exp_vec(vec x) {
-    const ivec tiny = x < -87.3f;
-    x = select_vec(tiny, splat(-87.3f), x);
-    x = select_vec(x > 88.3f, splat(88.3f), x);
+    x = larger(x, splat(-88.0f)); /* there the power of two below has no bits left: 0 */
     const vec shift = splat(12582912.0f); /* 1.5 * 2^23: adding and subtracting it rounds to an integer */
     const vec n = (x * 1.44269504088896341f + shift) - shift;
     x = x - n * 0.693359375f;
@@ -80,8 +87,7 @@ INLINE vec exp_vec(vec x) {
     p = p * x + 5.0000001201e-1f;
     p = p * (x * x) + x + 1.0f;
     const ivec power = (__builtin_convertvector(n, ivec) + 127) << 23;
-    p = p * (vec)power;
-    return select_vec(tiny, splat(0.0f), p);
+    return p * (vec)power;
 }
 
 /* Element types of operands and pools, as the Python side numbers them. */
@@ -110,6 +116,16 @@ INLINE float from_float16(uint16_t h) {
     return u.f;
 }
 
+INLINE const void *at(const void *base, int type, int64_t element) {
+    return (const char *)base + element * bytes_of(type);
+}
+
+/* Ask for n elements. Tokens lie a whole model's heads apart, which no hardware prefetcher follows. */
+INLINE void prefetch(const void *base, int type, int64_t element, int64_t n) {
+    const char *p = (const char *)at(base, type, element);
+    for (int64_t i = 0; i < n * bytes_of(type); i += 64) __builtin_prefetch(p + i);
+}
+
 /* n elements of any type -> float. */
 INLINE void widen(float *restrict to, const void *from, int type, int64_t n) {
     if (type == FLOAT32) memcpy(to, from, (size_t)n * 4);
@@ -120,10 +136,6 @@ INLINE void widen(float *restrict to, const void *from, int type, int64_t n) {
 INLINE void narrow(void *to, int type, const float *restrict from, int64_t n) {
     if (type == FLOAT32) memcpy(to, from, (size_t)n * 4);
     else for (int64_t i = 0; i < n; i++) ((uint16_t *)to)[i] = to_bfloat16(from[i]);
-}
-
-INLINE const void *at(const void *base, int type, int64_t element) {
-    return (const char *)base + element * bytes_of(type);
 }
 
 /* What kernels return. */

@@ -12,6 +12,7 @@
 #endif
 #define SEGMENT 256 /* tokens of a task, a multiple of LANES */
 #define MASKED -1e30f
+#define AHEAD 8 /* rows between asking for a row and using it */
 
 INLINE void product_block(const int COLUMNS, int64_t inner, const float *restrict a, int64_t row_step, int64_t inner_step,
                           const float *restrict b, int64_t b_step, float *restrict c, int64_t c_step, int add) {
@@ -81,6 +82,10 @@ static inline void gather(const Window *w, int64_t sequence, int64_t head, int64
         float *key = keys + i * padded, *value = values + i * padded;
         const void *k = NULL, *v = NULL;
         int type = w->type;
+        if (token + AHEAD >= 0 && token + AHEAD < to) {
+            prefetch(w->k, type, (first + token + AHEAD) * w->k_stride + head * dim, dim);
+            prefetch(w->v, type, (first + token + AHEAD) * w->v_stride + head * dim, dim);
+        }
         if (token >= 0 && token < to) {
             if (!w->mask || w->mask[first + token]) {
                 k = at(w->k, type, (first + token) * w->k_stride + head * dim);
@@ -164,6 +169,7 @@ INLINE void gather_block(const void *from, int type, int64_t offset, int64_t str
                 memset(row, 0, (size_t)padded * 4);
                 continue;
             }
+            prefetch(from, type, offset + (c + LANES) * stride + g * dim, dim); /* the next block's; may lie past the end */
             widen(row, at(from, type, offset + c * stride + g * dim), type, dim);
             for (int64_t d = dim; d < padded; d++) row[d] = 0.0f;
             for (int64_t d = 0; d < padded; d += LANES) store(row + d, scale * load(row + d));
