@@ -70,7 +70,8 @@ class HybridMixer(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = position_embeddings
         if rows.fits(q, k, cos, sin):
-            return rows.rotary(q, cos, sin).to(q.dtype), rows.rotary(k, cos, sin).to(k.dtype), v
+            dtype = torch.promote_types(q.dtype, cos.dtype)  # as below; under autocast q is narrow and cos is not
+            return rows.rotary(q, cos, sin).to(dtype), rows.rotary(k, cos, sin).to(dtype), v
         q, k = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
         return q, k, v
 

@@ -14,11 +14,13 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("source")
 FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
-# What not every compiler knows, most wanted first. Without OpenMP a call runs on one thread.
+# What not every compiler knows, most wanted first. Those without OpenMP run a call on one thread; the last compiles for
+# the oldest machine of its kind, which is only taken where nobody has named another.
 FLAG_CHOICES = (
     ("-march={march}", "-fopenmp"),
     ("-mcpu={march}", "-fopenmp"),
@@ -40,7 +42,8 @@ def build() -> Path:
     same disk gets its own. Processes that arrive at once wait for the first. Raises BuildError.
     """
     compiler = _compiler()
-    march = os.environ.get("DTR_KERNELS_MARCH", "native")
+    named = os.environ.get("DTR_KERNELS_MARCH")
+    march, choices = named or "native", FLAG_CHOICES[:-1] if named else FLAG_CHOICES
     sources = sorted(SOURCE.glob("*.[ch]"))
     parts = [path.read_bytes() for path in sources]
     parts += [repr(x).encode() for x in (FLAGS, FLAG_CHOICES, march, _version(compiler), _processor())]
@@ -52,14 +55,17 @@ def build() -> Path:
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.is_file():
-            _compile(compiler, march, [path for path in sources if path.suffix == ".c"], library)
+            _compile(compiler, march, choices, [path for path in sources if path.suffix == ".c"], library)
     return library
 
 
-def _compile(compiler: str, march: str, sources: list[Path], library: Path) -> None:
+def _compile(
+    compiler: str, march: str, choices: tuple[tuple[str, ...], ...], sources: list[Path], library: Path
+) -> None:
+    first_error = ""
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         partial = Path(scratch, library.name)
-        for choice in FLAG_CHOICES:
+        for choice in choices:
             chosen = [flag.format(march=march) for flag in choice]
             command = [compiler, *FLAGS, *chosen, *map(str, sources), "-o", str(partial), "-lm"]
             try:
@@ -68,9 +74,12 @@ def _compile(compiler: str, march: str, sources: list[Path], library: Path) -> N
                 raise BuildError(f"{compiler} did not finish: {error}") from error
             if result.returncode == 0:
                 os.replace(partial, library)
+                if "-fopenmp" not in choice:
+                    warnings.warn(f"dtr_kernels: {compiler} has no OpenMP, calls run on one thread", stacklevel=2)
                 return
-    output = result.stderr.splitlines() or ["no output"]
-    raise BuildError(f"{compiler} failed: {next((line for line in output if 'error' in line), output[0])}")
+            output = result.stderr.splitlines() or ["no output"]
+            first_error = first_error or next((line for line in output if "error" in line), output[0])
+    raise BuildError(f"{compiler} failed: {first_error}{f' (DTR_KERNELS_MARCH={march})' if march != 'native' else ''}")
 
 
 def _compiler() -> str:
