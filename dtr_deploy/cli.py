@@ -144,6 +144,23 @@ def _build(recipe_file: Path, runs: Path, until: str, debug: bool) -> None:
         typer.echo(f"{until} finished: {run.path}" if until != "report" else f"built: {run.path}")
 
 
+@app.command(short_help="A checkpoint with its projections in 8 bits, for vLLM.")
+def quantize(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint folder: a run's hybrid, or a backbone.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    precision: Annotated[str, typer.Option(help="int8 or fp8 (e4m3).")] = "int8",
+    debug: Debug = False,
+) -> None:
+    """Write a checkpoint with the projections of attention and MLP in 8 bits: compressed-tensors, round to nearest,
+    activations quantized while serving. `vllm serve` runs it as it is. Forms, norms and head are left alone."""
+    with _one_line_errors(debug):
+        from dtr_deploy.export.compressed import quantize_checkpoint
+
+        files = quantize_checkpoint(folder, out, precision)
+        size = sum(file.stat().st_size for file in files) / 2**20
+        typer.echo(f"quantized to {precision}: {out} ({size:,.0f} MiB)")
+
+
 @app.command(short_help="What a build will cost, without running it.")
 def plan(recipe: RecipeFile, runs: RunsFolder = Path("runs"), debug: Debug = False) -> None:
     """What a build will cost, without running it: tokens, evaluations, measurements, time, disk."""

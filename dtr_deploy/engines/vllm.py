@@ -216,8 +216,10 @@ def last_error(log: Path) -> str:
         re.sub(r"^(\(\w+ pid=\d+\) )?([A-Z]+ \d\d-\d\d [\d:]+ \[[^]]+\] )?", "", line).strip()
         for line in log.read_text(errors="replace").splitlines()
     ]
+    # pydantic's errors have the cause on a line of its own: "  Value error, REASON [type=value_error, input_value=...".
+    lines = [re.sub(r"^Value error, (.*?)( \[type=\w+, .*)?$", r"ValueError: \1", line) for line in lines]
     causes = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b.*: \S", line)]
-    causes = [line for line in causes if "root cause above" not in line]
+    causes = [line for line in causes if "root cause above" not in line and "validation error" not in line]
     if causes:
         return causes[-1]
     return next((line for line in reversed(lines) if line), "it printed nothing")

@@ -62,32 +62,32 @@ def dynamic_conv_packed(
         v: [N,Hkv,D], taps: [N,K,Hkv,D]: tokens of R sequences one after another.
         pool: [S,K-1,Hkv,D]. pool[slots[r]] is written, unless the sequence has no token here.
         slots: [R] integers. A slot <= 0 is a null slot: the pool stays as it is, outputs are zero.
-        cu_seqlens: [R+1] integers. has_initial_state: [R] bool; False starts from zeros whatever the slot holds. Both
-            are read on the host: pass CPU tensors to avoid a device synchronisation.
+        cu_seqlens: [R+1] integers, has_initial_state: [R] bool; False starts from zeros whatever the slot holds. On v's
+            device, nothing is read on the host.
 
     Returns:
         out [N,Hkv,D] in the wider dtype of v and taps.
     """
     device, kept = v.device, taps.shape[1] - 1
-    borders, initial = cu_seqlens.long().cpu(), has_initial_state.bool().to(device)
-    lengths = borders.diff()
-    sequence = torch.arange(len(lengths)).repeat_interleave(lengths)
+    borders, initial = cu_seqlens.to(device).long(), has_initial_state.bool().to(device)
+    lengths, token = borders.diff(), torch.arange(len(v), device=device)
+    sequence = torch.searchsorted(borders, token, right=True) - 1
     slots = slots.to(device).long()
     live, slots = slots > 0, slots.clamp_min(0)
     # One buffer of rows: each sequence's past and then its tokens, so that K neighbours are always the right ones.
-    start = (borders[:-1] + kept * torch.arange(len(lengths))).to(device)
-    place = (torch.arange(len(v)) + kept * (sequence + 1)).to(device)
+    start = borders[:-1] + kept * torch.arange(len(lengths), device=device)
+    place = token + kept * (sequence + 1)
     past_place = start[:, None] + torch.arange(kept, device=device)
     old = pool.index_select(0, slots)
     rows = v.new_empty(len(v) + kept * len(lengths), *v.shape[1:])
     rows[past_place] = torch.where(_column(initial, old), old, 0.0).to(v.dtype)
     rows[place] = v
     out = _weighted(taps, [rows[place - kept + j] for j in range(kept + 1)], dim=1)
-    written = live & (lengths > 0).to(device)
-    new = rows[past_place + lengths.to(device)[:, None]].to(pool.dtype)
+    written = live & (lengths > 0)
+    new = rows[past_place + lengths[:, None]].to(pool.dtype)
     # Null rows write back what slot 0 holds: several of them write the same value, so the order does not matter.
     pool.index_copy_(0, slots, torch.where(_column(written, old), new, old))
-    live = live[sequence.to(device)]
+    live = live[sequence]
     return torch.where(_column(live, out), out, 0.0)
 
 

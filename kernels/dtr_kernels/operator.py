@@ -20,6 +20,7 @@ from dtr_kernels.chunked import linear_attention_chunked
 from dtr_kernels.compiled import linear as compiled_linear
 from dtr_kernels.compiled.library import can_take, is_available, unavailable_reason
 from dtr_kernels.gpu import on_gpu, triton_is_installed
+from dtr_kernels.pack_plan import PackPlan
 from dtr_kernels.recurrent import linear_attention_recurrent
 from dtr_kernels.reference import linear_attention_reference
 
@@ -135,6 +136,7 @@ def linear_attention_packed(
     cu_seqlens: Tensor,
     has_initial_state: Tensor,
     products: torch.dtype | None = None,
+    plan: PackPlan | None = None,
 ) -> Tensor:
     """Prefill of R ragged sequences over a state pool, in place. For serving; no gradient.
 
@@ -145,9 +147,10 @@ def linear_attention_packed(
         slots: [R] integers, on the pool's device. A slot <= 0 is a null slot: the pool stays as it is,
             outputs are zero.
         cu_seqlens: [R+1] integers. has_initial_state: [R] bool; False starts from zeros whatever the slot holds.
-            Both are read on the host: pass CPU tensors to avoid a device synchronisation.
+            Nothing is read on the host if they are on the pool's device.
         products: what a GPU multiplies in, float32 or bfloat16 (float16 models take bfloat16: states do not fit
             float16). None is float32 if q, k and v are float32, else bfloat16. CPUs always multiply in float32.
+        plan: of `pack_plan` for the same pack and products, made once for all layers; None makes one here.
 
     Returns:
         out [N,Hq,Dv] in float32.
@@ -163,6 +166,7 @@ def linear_attention_packed(
         return linear_attention_prefill(
             q, k, v, rule=rule, log_decay=log_decay, beta=beta, scale=scale, pool=pool, slots=slots.to(pool.device),
             cu_seqlens=cu_seqlens, has_initial_state=has_initial_state, operand_dtype=products,
+            plan=None if plan is None else plan.operator,
         )  # fmt: skip
     out = torch.zeros(*q.shape[:2], v.shape[-1], dtype=torch.float32, device=q.device)
     borders, initial = cu_seqlens.tolist(), has_initial_state.tolist()

@@ -17,6 +17,7 @@ from torch import Tensor
 from dtr_kernels.compiled import window as compiled_window
 from dtr_kernels.compiled.library import can_take
 from dtr_kernels.gpu import on_gpu
+from dtr_kernels.pack_plan import PackPlan
 
 
 def window_attention(
@@ -145,6 +146,7 @@ def window_attention_packed(
     slots: Tensor,
     cu_seqlens: Tensor,
     start: Tensor,
+    plan: PackPlan | None = None,
 ) -> Tensor:
     """Prefill of R ragged sequences with ring caches, in place. For serving; no gradient.
 
@@ -152,8 +154,9 @@ def window_attention_packed(
         q [N,Hq,D], k, v [N,Hkv,D]: tokens of R sequences one after another.
         ring_k, ring_v: [S,W,Hkv,D]; the token at position p lies in row p % W of ring[slot].
         slots: [R], on the rings' device. A slot <= 0 leaves the rings as they are and gives zeros.
-        cu_seqlens: [R+1]; start: [R], position of each sequence's first token here, 0 = nothing cached. Both are read
-            on the host: pass CPU tensors to avoid a device synchronisation.
+        cu_seqlens: [R+1]; start: [R], position of each sequence's first token here, 0 = nothing cached. Nothing is read
+            on the host if they are on the rings' device.
+        plan: of `pack_plan` for the same pack, made once for all layers; None makes one here.
 
     Returns:
         out [N,Hq,D] in q's dtype.
@@ -168,7 +171,7 @@ def window_attention_packed(
 
         return window_attention_prefill(
             q, k, v, window=window, scale=scale, ring_k=ring_k, ring_v=ring_v, slots=slots.to(q.device),
-            cu_seqlens=cu_seqlens.to(q.device), start=start.to(q.device),
+            cu_seqlens=cu_seqlens.to(q.device), start=start.to(q.device), plan=None if plan is None else plan.window,
         )  # fmt: skip
     out = torch.zeros_like(q)
     borders, starts = cu_seqlens.tolist(), start.tolist()

@@ -13,7 +13,7 @@ SUPPORTED_VLLM = "0.32"
 
 def register() -> None:
     """Tell transformers the configurations and vLLM the architectures. Idempotent."""
-    from vllm import ModelRegistry
+    from vllm import ModelRegistry, __version__
 
     from dtr_deploy.hybrid.config import register_configs
 
@@ -22,6 +22,26 @@ def register() -> None:
     for architecture in ARCHITECTURES:
         if architecture not in known:
             ModelRegistry.register_model(architecture, f"dtr_vllm:{architecture}")
+    if is_supported_vllm(__version__):
+        from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+        MODELS_CONFIG_MAP.update(dict.fromkeys(ARCHITECTURES, BeforeStart))
+
+
+class BeforeStart:
+    """What vLLM calls for these architectures while it makes its configuration, before any process or weight."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Part of vLLM's interface; nothing here depends on the model's configuration alone."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Refuse what is not supported and settle the dtype of the recurrent state. Raises UsageError, one line."""
+        from dtr_vllm.startup import refuse_unsupported, settle_state_dtype
+
+        refuse_unsupported(vllm_config)
+        settle_state_dtype(vllm_config)
 
 
 def is_supported_vllm(version: str) -> bool:

@@ -15,6 +15,7 @@ from vllm.config import VllmConfig
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
 from dtr_kernels.forms import Form, FormConfig, make_form
+from dtr_vllm.startup import requested_state_dtype
 
 ALIGNMENT = 64  # bytes: a cache line, and more than any vector load needs
 
@@ -36,17 +37,12 @@ def local_sizes(config: Any, tensor_parallel_size: int) -> FormConfig:
 def recurrent_dtype(form: Form, vllm_config: VllmConfig) -> torch.dtype:
     """dtype the recurrent state is stored in; it is computed in float32 whatever this is.
 
-    `--mamba-ssm-cache-dtype` decides, else `--mamba-cache-dtype`, else the checkpoint's dtr.state_dtype. A form whose
-    state is a plain sum (rule "linear") keeps float32 always: nothing decays, and bfloat16, with 8 bits, would stop
-    counting after some hundreds of tokens.
+    `requested_state_dtype` decides. A form whose state is a plain sum (rule "linear") keeps float32 always: nothing
+    decays, and bfloat16, with 8 bits, would stop counting after some hundreds of tokens.
     """
     if form.rule == "linear":
         return torch.float32
-    cache = vllm_config.cache_config
-    for name in (cache.mamba_ssm_cache_dtype, cache.mamba_cache_dtype):
-        if name != "auto":
-            return STR_DTYPE_TO_TORCH_DTYPE[name]
-    return STR_DTYPE_TO_TORCH_DTYPE[vllm_config.model_config.hf_config.dtr["state_dtype"]]
+    return STR_DTYPE_TO_TORCH_DTYPE[requested_state_dtype(vllm_config)]
 
 
 @dataclass(frozen=True)

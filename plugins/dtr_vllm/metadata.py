@@ -13,10 +13,12 @@ import torch
 from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
 from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadata, BaseMambaAttentionMetadataBuilder
 
+from dtr_kernels.pack_plan import PackPlan, pack_plan
+
 
 @dataclass(frozen=True)
 class Prefills:
-    """The P prefills of a step. Tensors are on the host, because the prefill operators loop over sequences."""
+    """The P prefills of a step. Tensors are on the model's device: nothing is read on the host."""
 
     cu_seqlens: torch.Tensor
     """[P+1] int32, borders of the sequences among the prefill tokens."""
@@ -24,6 +26,8 @@ class Prefills:
     """[P] int32, tokens of each sequence in its state already, so the position of its first token in this step."""
     slots: torch.Tensor
     """[P] int32, the page of each sequence."""
+    plan: PackPlan | None
+    """How GPU kernels cut these tokens into chunks, the same in every layer."""
 
 
 @dataclass
@@ -48,10 +52,12 @@ class DtrMetadataBuilder(BaseMambaAttentionMetadataBuilder[DtrMetadata]):
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
         if metadata.num_prefills == 0:
             return metadata
-        start, cu_seqlens = self._prefill_cpu_metadata(
-            common_attn_metadata, metadata.num_reqs, metadata.num_prefills, metadata.num_decode_tokens
-        )
-        return replace(metadata, prefills=Prefills(cu_seqlens, start, _host_slots(metadata)))
+        first, last = metadata.num_reqs - metadata.num_prefills, metadata.num_reqs
+        cu_seqlens, slots = metadata.query_start_loc_p, metadata.state_indices_tensor_p
+        assert cu_seqlens is not None and slots is not None
+        start = common_attn_metadata.seq_lens[first:last] - cu_seqlens.diff()
+        plan = pack_plan(cu_seqlens, metadata.num_prefill_tokens, self.vllm_config.model_config.dtype)
+        return replace(metadata, prefills=Prefills(cu_seqlens, start, slots, plan))
 
     def update_block_table(
         self, metadata: DtrMetadata, blk_table: torch.Tensor, slot_mapping: torch.Tensor
@@ -60,13 +66,8 @@ class DtrMetadataBuilder(BaseMambaAttentionMetadataBuilder[DtrMetadata]):
         metadata = super().update_block_table(metadata, blk_table, slot_mapping)
         if metadata.prefills is None:
             return metadata
-        return replace(metadata, prefills=replace(metadata.prefills, slots=_host_slots(metadata)))
-
-
-def _host_slots(metadata: DtrMetadata) -> torch.Tensor:
-    """On a GPU this waits for the device: once a step and group, and only in steps that prefill."""
-    assert metadata.state_indices_tensor_p is not None
-    return metadata.state_indices_tensor_p.cpu()
+        assert metadata.state_indices_tensor_p is not None
+        return replace(metadata, prefills=replace(metadata.prefills, slots=metadata.state_indices_tensor_p))
 
 
 class DtrBackend(AttentionBackend):

@@ -24,6 +24,7 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from dtr_kernels.conv import dynamic_conv_packed, dynamic_conv_step
 from dtr_kernels.forms import Form, make_form
 from dtr_kernels.operator import linear_attention_packed, linear_attention_step
+from dtr_kernels.pack_plan import products_of
 from dtr_kernels.window import window_attention_packed, window_attention_step
 from dtr_vllm.families import FAMILIES
 from dtr_vllm.layout import StatePage, local_sizes, page_size
@@ -43,7 +44,7 @@ class LinearMixer(nn.Module, MambaBase):
         config, quant_config = vllm_config.model_config.hf_config, vllm_config.quant_config
         family = FAMILIES[config.model_type]
         sizes = local_sizes(config, get_tensor_model_parallel_world_size())
-        self.layer_name = prefix
+        self.layer_name, self.dtype = prefix, vllm_config.model_config.dtype
         self.num_heads, self.num_kv_heads, self.head_dim = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
         self.window = sizes.window
         self.qkv_proj = QKVParallelLinear(
@@ -94,6 +95,7 @@ class LinearMixer(nn.Module, MambaBase):
         super().bind_kv_cache(kv_cache)
         (pages,) = self.kv_cache
         self.state = self.page.views(pages)
+        self.step_plan = self.form.bind_step(self.state, self.dtype)  # weights are loaded by now
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         qkv, _ = self.qkv_proj(hidden_states)
@@ -103,7 +105,7 @@ class LinearMixer(nn.Module, MambaBase):
             q = self.q_norm(q.unflatten(-1, (self.num_heads, self.head_dim))).flatten(-2)
             k = self.k_norm(k.unflatten(-1, (self.num_kv_heads, self.head_dim))).flatten(-2)
         q, k = self.rotary_emb(positions, q, k)
-        out = torch.zeros_like(q)
+        out = torch.empty_like(q)
         torch.ops.vllm.dtr_linear_mixer(q, k, v, hidden_states, positions, out, self.layer_name)
         out, _ = self.o_proj(out)
         return out
@@ -120,18 +122,20 @@ class LinearMixer(nn.Module, MambaBase):
         """The form over the tokens of this step, written to `out`; reads and writes the state pages.
 
         q, out [N, Hq*D], k, v [N, Hkv*D], hidden [N, hidden], positions [N]. Rows past the step's tokens (padding of
-        CUDA graphs) are left as they are. Without metadata (vLLM's memory profile) nothing happens.
+        CUDA graphs), and all of them without metadata (vLLM's memory profile), become zeros.
         """
         all_metadata = get_forward_context().attn_metadata
         if all_metadata is None:
+            out.zero_()
             return
         assert isinstance(all_metadata, dict)
         step: DtrMetadata = all_metadata[self.layer_name]
-        tokens = step.num_decode_tokens + step.num_prefill_tokens
-        decodes, heads_out = step.num_decode_tokens, out.unflatten(-1, (self.num_heads, self.head_dim))
-        q = q[:tokens].unflatten(-1, (self.num_heads, self.head_dim))
-        k = k[:tokens].unflatten(-1, (self.num_kv_heads, self.head_dim))
-        v = v[:tokens].unflatten(-1, (self.num_kv_heads, self.head_dim))
+        decodes = step.num_decode_tokens
+        tokens = decodes + step.num_prefill_tokens
+        q, heads_out = q.view(-1, self.num_heads, self.head_dim), out.view(-1, self.num_heads, self.head_dim)
+        k, v = k.view(-1, self.num_kv_heads, self.head_dim), v.view(-1, self.num_kv_heads, self.head_dim)
+        if tokens < len(q):
+            out[tokens:].zero_()
         if decodes:
             rows = slice(decodes)
             slots = _decode_slots(step)
@@ -151,10 +155,12 @@ class LinearMixer(nn.Module, MambaBase):
         out: torch.Tensor,
     ) -> None:
         """One token a sequence: q [R, Hq, D], k, v [R, Hkv, D] -> the heads' output, out [R, Hq, D]."""
-        form, state, taps = self.form, self.state, self.form.taps(hidden)
-        values = v if taps is None else dynamic_conv_step(v, taps, pool=state["conv"], slots=slots)
-        if form.step(q, k, v, values, hidden, state=state, slots=slots, positions=positions, out=out):
+        form, state = self.form, self.state
+        if self.step_plan is not None:
+            form.step(self.step_plan, q, k, v, hidden, slots=slots, positions=positions, out=out)
             return
+        taps = form.taps(hidden)
+        values = v if taps is None else dynamic_conv_step(v, taps, pool=state["conv"], slots=slots)
         o = form.operands(q, k, values, hidden)
         linear = linear_attention_step(
             o.q,
@@ -213,7 +219,8 @@ class LinearMixer(nn.Module, MambaBase):
             slots=slots,
             cu_seqlens=borders,
             has_initial_state=started,
-            products=torch.float32 if q.dtype == torch.float32 else torch.bfloat16,
+            products=products_of(q.dtype),
+            plan=prefills.plan,
         )
         near = None
         if self.window:
@@ -228,6 +235,7 @@ class LinearMixer(nn.Module, MambaBase):
                 slots=slots,
                 cu_seqlens=borders,
                 start=prefills.start,
+                plan=prefills.plan,
             )
         return form.output(linear, hidden, near, dtype)
 

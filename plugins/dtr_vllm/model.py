@@ -14,11 +14,15 @@ from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFunc, get
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, SupportsMambaPrefixCaching
 from vllm.model_executor.models.llama import LlamaForCausalLM, LlamaMLP
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
-from dtr_kernels.forms import FORMS
+from dtr_vllm.cpu_seeds import keep_seeds_out_of_partial_prefills
 from dtr_vllm.families import FAMILIES
+from dtr_vllm.layer_parts import add_norm, gated_mlp
 from dtr_vllm.layout import page_size
 from dtr_vllm.mixer import MIXER_OP, LinearMixer
+from dtr_vllm.startup import refuse_unsupported, requested_state_dtype
 
 
 class LinearDecoderLayer(nn.Module):
@@ -42,14 +46,10 @@ class LinearDecoderLayer(nn.Module):
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if residual is None:
-            residual = hidden_states
-            hidden_states = self.input_layernorm(hidden_states)
-        else:
-            hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        hidden_states, residual = add_norm(self.input_layernorm, hidden_states, residual)
         hidden_states = self.self_attn(positions, hidden_states)
-        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
-        return self.mlp(hidden_states), residual
+        hidden_states, residual = add_norm(self.post_attention_layernorm, hidden_states, residual)
+        return gated_mlp(self.mlp, hidden_states), residual
 
 
 def decoder_layer(vllm_config: VllmConfig, prefix: str) -> nn.Module:
@@ -66,6 +66,8 @@ class DtrForCausalLM(LlamaForCausalLM, HasInnerState, IsHybrid, SupportsMambaPre
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         refuse_unsupported(vllm_config)
+        if current_platform.is_cpu():
+            keep_seeds_out_of_partial_prefills()
         compilation = vllm_config.compilation_config
         if compilation.splitting_ops and MIXER_OP not in compilation.splitting_ops:
             # Piecewise CUDA graphs are cut at attention operators; this is one.
@@ -74,11 +76,14 @@ class DtrForCausalLM(LlamaForCausalLM, HasInnerState, IsHybrid, SupportsMambaPre
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
-        return ((page_size(vllm_config),),)
+        """The page as a row of bytes, and an empty part that only carries the dtype below."""
+        return ((page_size(vllm_config),), (0,))
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
-        return (torch.int8,)
+        """Bytes, and what the recurrent state in them is stored in. On CPUs with AVX512-BF16 vLLM sets
+        `--mamba-ssm-cache-dtype` back to float32 unless the second of two dtypes here is the one asked for."""
+        return (torch.int8, STR_DTYPE_TO_TORCH_DTYPE[requested_state_dtype(vllm_config)])
 
     @classmethod
     def get_mamba_state_copy_func(cls) -> tuple[MambaStateCopyFunc, ...]:
@@ -95,43 +100,3 @@ class DtrQwen2ForCausalLM(DtrForCausalLM):
 
 class DtrQwen3ForCausalLM(DtrForCausalLM):
     """Qwen3 with replaced layers (model_type "dtr_qwen3"): RMS norm on the heads of q and k before RoPE."""
-
-
-def refuse_unsupported(vllm_config: VllmConfig) -> None:
-    """Stop, with one line, what would compute wrong tokens or what nothing here has been tested with.
-
-    Raises:
-        ValueError: the first unsupported option found, and what to do instead.
-    """
-    config = vllm_config.model_config.hf_config
-    config.check_dtr()
-    for layer, form in enumerate(config.forms):
-        if form is not None and form not in FORMS:
-            raise ValueError(f"config.json: dtr.forms[{layer}] is {form!r}: accepted are null, {', '.join(FORMS)}")
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    parallel = vllm_config.parallel_config
-    ranks = parallel.tensor_parallel_size
-    if vllm_config.speculative_config is not None:
-        raise ValueError(
-            "dtr_vllm: speculative decoding is not supported, rejected tokens would stay in the state of linear "
-            "layers: start without --speculative-config"
-        )
-    if vllm_config.lora_config is not None:
-        raise ValueError(
-            "dtr_vllm: LoRA is not supported on hybrids: start without --enable-lora, or merge the adapter into the "
-            "backbone before distilling"
-        )
-    if max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1:
-        raise ValueError(
-            "dtr_vllm: context parallelism is not supported: leave --decode-context-parallel-size and "
-            "--prefill-context-parallel-size at 1"
-        )
-    if vllm_config.cache_config.use_replayssm:
-        raise ValueError("dtr_vllm: ReplaySSM is for Mamba2 layers: start without --use-replayssm")
-    if heads % ranks or (kv_heads % ranks and ranks % kv_heads):
-        raise ValueError(
-            f"dtr_vllm: --tensor-parallel-size {ranks} does not fit {heads} query and {kv_heads} kv heads: it must "
-            "divide the query heads, and divide the kv heads or be a multiple of them"
-        )
-    if config.model_type == "dtr_qwen3" and config.attention_bias:
-        raise ValueError("dtr_vllm: Qwen3 with attention_bias is not supported: vLLM's Qwen3 has no output bias")

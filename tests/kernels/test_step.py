@@ -33,8 +33,9 @@ def operator_by_operator(form, q, k, v, values, hidden, state, dtype):
 @pytest.mark.parametrize("window", [0, 16])
 @pytest.mark.parametrize(("dim", "group"), [(64, 3), (20, 1), (32, 8)])
 @pytest.mark.parametrize("name", ["gated_deltanet", "gla", "jet"])
+@pytest.mark.parametrize("slots", [SLOTS, SLOTS.long(), torch.stack([SLOTS, SLOTS + 1], 1)[:, 0]])
 @torch.no_grad()
-def test_step_equals_its_operators(implementation, name, dim, group, window, dtype):
+def test_step_equals_its_operators(implementation, slots, name, dim, group, window, dtype):
     torch.manual_seed(0)
     form = make_form(name, FormConfig(24, 2 * group, 2, dim, window))
     for p in form.parameters():
@@ -44,19 +45,19 @@ def test_step_equals_its_operators(implementation, name, dim, group, window, dty
     q, k, v = (x.unflatten(-1, (-1, dim)) for x in packed.split([2 * group * dim, 2 * dim, 2 * dim], -1))
     hidden = torch.randn(rows, 24).to(dtype)
     state = {n: torch.randn(6, *spec.shape).to(spec.dtype) for n, spec in form.state_spec(dtype).items()}
-    values, taps = v, form.taps(hidden)
-    if taps is not None:
-        values = dynamic_conv_step(v, taps, pool=state["conv"], slots=SLOTS)
     before = {n: x.clone() for n, x in state.items()}
     expected_state = {n: x.clone() for n, x in state.items()}
     with disabled():
+        values, taps = v, form.taps(hidden)
+        if taps is not None:
+            values = dynamic_conv_step(v, taps, pool=expected_state["conv"], slots=SLOTS)
         expected = operator_by_operator(form, q, k, v, values, hidden, expected_state, dtype)
-    out = torch.full((rows, 2 * group, dim), 7.0, dtype=dtype)
-    done = form.step(q, k, v, values, hidden, state=state, slots=SLOTS, positions=POSITIONS, out=out)
-    assert done == (implementation != "torch")
-    if not done:
-        assert (out == 7).all() and all(torch.equal(state[n], before[n]) for n in state)
+    plan = form.bind_step(state, dtype)
+    assert (plan is not None) == (implementation != "torch")
+    if plan is None:
         return
+    out = torch.full((rows, 2 * group, dim), 7.0, dtype=dtype)
+    form.step(plan, q, k, v, hidden, slots=slots, positions=POSITIONS, out=out)
     live = SLOTS > 0
     # bfloat16: the torch window rounds its weights and its output once more
     assert_close(out[live], expected[live].double(), 1e-5 if dtype == torch.float32 else 2e-2)
@@ -67,10 +68,23 @@ def test_step_equals_its_operators(implementation, name, dim, group, window, dty
 
 
 @torch.no_grad()
-def test_hedgehog_and_half_precision_states_go_operator_by_operator():
-    for name, stored in (("hedgehog", torch.float32), ("gla", torch.float16)):
+def test_hedgehog_and_half_precision_states_go_operator_by_operator(implementation):
+    half, single = torch.float16, torch.float32
+    for name, stored, dtype in (("hedgehog", single, single), ("gla", half, single), ("gla", single, half)):
         form = make_form(name, FormConfig(24, 2, 2, 8))
         state = {"recurrent": torch.zeros(3, 2, form.key_dim, form.value_dim, dtype=stored)}
-        q, hidden = torch.randn(1, 2, 8), torch.randn(1, 24)
-        at = dict(slots=torch.tensor([1]), positions=torch.tensor([0]), out=torch.zeros(1, 2, 8))
-        assert not form.step(q, q, q, q, hidden, state=state, **at)
+        assert form.bind_step(state, dtype) is None
+
+
+@torch.no_grad()
+def test_slots_and_positions_out_of_range_are_refused(implementation):
+    form = make_form("gated_deltanet", FormConfig(24, 2, 2, 8, window=4))
+    state = {n: torch.zeros(3, *spec.shape) for n, spec in form.state_spec(torch.float32).items()}
+    plan = form.bind_step(state, torch.float32)
+    if implementation == "torch":  # without compiled kernels there is no such call
+        assert plan is None
+        return
+    q, hidden, out = torch.randn(1, 2, 8), torch.randn(1, 24), torch.zeros(1, 2, 8)
+    for slot, position in ((3, 0), (1, -1)):
+        with pytest.raises(IndexError, match="dtr_form_step"):
+            form.step(plan, q, q, q, hidden, slots=torch.tensor([slot]), positions=torch.tensor([position]), out=out)

@@ -9,7 +9,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtr_kernels.triton import linear_attention_prefill, prefill_plan
+from dtr_kernels.triton import linear_attention_prefill, plan_of_operator
 from dtr_kernels.triton.arithmetic import INTERPRETED, unit_lower_inverse
 from tests.kernels.cases import assert_close
 from tests.kernels.triton_cases import DEVICE, RULE_DECAYS, huge_pool, pack
@@ -108,7 +108,7 @@ def test_rows_of_no_sequence_are_zero_and_one_plan_serves_many_layers():
     inputs = case.inputs()
     longer = {n: torch.nn.functional.pad(inputs[n], (0,) * (2 * inputs[n].ndim - 1) + (40,), value=9.0)
               for n in ("q", "k", "v", "log_decay", "beta")}  # fmt: skip
-    plan = prefill_plan(torch.tensor(case.borders), 95, operand_dtype=torch.float32, device=DEVICE)
+    plan = plan_of_operator(torch.tensor(case.borders), 95, torch.float32, DEVICE)
     truth, states = case.truth()
     for _ in range(2):
         inputs["pool"].copy_(case.pool)
@@ -126,7 +126,7 @@ def test_plan_covers_every_token_once(sequences):
     lengths = torch.randint(0, 70, (sequences,), generator=torch.Generator().manual_seed(sequences))
     borders = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
     tokens = int(borders[-1]) + 33
-    plan = prefill_plan(borders.to(DEVICE), tokens, operand_dtype=torch.float32)
+    plan = plan_of_operator(borders.to(DEVICE), tokens, torch.float32)
     sequence, begin, end = plan.table.tolist()
     borders = [*borders.tolist(), tokens]
     expected = [

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtr_kernels.triton import prefill_plan, window_attention_decode, window_attention_prefill
+from dtr_kernels.triton import plan_of_window, window_attention_decode, window_attention_prefill
 from tests.kernels.cases import assert_close, banded
 from tests.kernels.triton_cases import DEVICE
 
@@ -59,7 +59,7 @@ def test_prompts_in_parts_then_tokens_one_by_one(steps, window, kv_heads, group,
         borders = torch.tensor([0, *accumulate(lengths)], device=DEVICE)
         plan = None
         if shared_plan:
-            plan = prefill_plan(borders, sum(lengths), operand_dtype=torch.float32)
+            plan = plan_of_window(borders, sum(lengths))
         out = window_attention_prefill(
             *(packed(x, starts, lengths) for x in (q, k, v)), slots=torch.tensor(slots, device=DEVICE),
             cu_seqlens=borders, start=torch.tensor(starts), plan=plan, **kwargs,

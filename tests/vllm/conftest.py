@@ -48,6 +48,16 @@ class Served:
         )
         return self.llm.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
 
+    @property
+    def scheduler(self) -> Any:
+        """vLLM's scheduler, which holds its cache manager."""
+        return self.llm.llm_engine.engine_core.engine_core.scheduler
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks of KV or state that no request holds, by the block pool's own count."""
+        return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
     def greedy(self, prompts: Prompts, max_tokens: int) -> Prompts:
         return [list(output.outputs[0].token_ids) for output in self.run(prompts, max_tokens)]
 
@@ -77,7 +87,8 @@ Serve = Callable[..., AbstractContextManager[Served]]
 
 @pytest.fixture(scope="session")
 def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
-    """`with serve(model, **options) as served`: saves the Hugging Face model and loads it in vLLM, in this process."""
+    """`with serve(model, **options) as served`: saves the Hugging Face model and loads it in vLLM, in this process. A
+    checkpoint's folder may stand in the model's place, and `tokenizer=` goes into the folder with it."""
     set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()  # vLLM's CPU worker replaces the former
     set_num_threads(1)  # tiny models gain nothing from more, and lose much when other processes hold the cores
     with pytest.MonkeyPatch.context() as patch:
@@ -97,9 +108,13 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
         from vllm.distributed import cleanup_dist_env_and_memory
 
         @contextmanager
-        def start(model: Any, **options: Any) -> Iterator[Served]:
-            folder: Path = tmp_path_factory.mktemp("model")
-            save_hybrid(model, None, folder)
+        def start(model: Any, tokenizer: Any = None, **options: Any) -> Iterator[Served]:
+            folder = model
+            if not isinstance(model, Path):
+                folder = tmp_path_factory.mktemp("model")
+                save_hybrid(model, tokenizer, folder)
+            if tokenizer is not None:
+                options = {"skip_tokenizer_init": False, **options}
             llm = LLM(model=str(folder), **{**OPTIONS, **options})
             try:
                 yield Served(llm)

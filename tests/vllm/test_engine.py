@@ -121,5 +121,11 @@ def test_last_error_of_a_log(tmp_path):
         "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}\n"
     )
     assert last_error(log) == "ValueError: window is -1"
+    log.write_text(
+        "pydantic_core._pydantic_core.ValidationError: 1 validation error for VllmConfig\n"
+        "  Value error, dtr_vllm: LoRA is not supported: leave it out [type=value_error, input_value=ArgsKwargs(...\n"
+        "    For further information visit https://errors.pydantic.dev/2.14/v/value_error\n"
+    )
+    assert last_error(log) == "ValueError: dtr_vllm: LoRA is not supported: leave it out"
     log.write_text("Killed\n\n")
     assert last_error(log) == "Killed"

@@ -34,6 +34,15 @@ def test_every_combination(serve, hugging_face_distributions, prompts, family, f
         assert_same(served, hugging_face_distributions, model, prompts)
 
 
+@pytest.mark.parametrize("group", [2, 5, 6, 7, 8])
+@pytest.mark.parametrize("window", [0, 64])
+def test_other_group_sizes(serve, hugging_face_distributions, prompts, window, group):
+    """Kernels are compiled for some group sizes and loop over others."""
+    model = tiny_hybrid("llama", (None, "gated_deltanet", "hedgehog"), window, group, hidden=2 * group * 32)
+    with serve(model) as served:
+        assert_same(served, hugging_face_distributions, model, prompts)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_all_forms_in_one_model(serve, hugging_face_distributions, prompts, family):
     model = tiny_hybrid(family, MIXED, 64, 3, hidden=192)

@@ -1,4 +1,4 @@
-"""The plugin's own parts, without an engine where that is possible: refusals, versions, the state page, sharding."""
+"""The plugin's own parts, without an engine: versions, the state page, sharding."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from dtr_deploy.hybrid.config import hybrid_config
 from dtr_kernels.conv import dynamic_conv
 from dtr_kernels.forms import FORMS, FormConfig, make_form
 from dtr_kernels.operator import linear_attention
-from tests.tiny import tiny_backbone, tiny_hybrid
+from tests.tiny import tiny_backbone
 
 pytestmark = pytest.mark.vllm
 
@@ -20,14 +20,11 @@ SIZES = FormConfig(192, 6, 2, 32, window=64)
 def vllm_config(model_config=None, **changes):
     """As much of a VllmConfig as the plugin reads."""
     config = model_config or hybrid_config(tiny_backbone("llama", hidden=192).config, (None, "gla", "gla", None), 64)
-    parallel = {"tensor_parallel_size": 1, "decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
-    cache = {"use_replayssm": False, "mamba_cache_dtype": "auto", "mamba_ssm_cache_dtype": "auto"}
+    cache = {"mamba_cache_dtype": "auto", "mamba_ssm_cache_dtype": "auto"}
     return SimpleNamespace(
         model_config=SimpleNamespace(hf_config=config, dtype=changes.get("dtype", torch.bfloat16)),
-        parallel_config=SimpleNamespace(**{k: changes.get(k, v) for k, v in parallel.items()}),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
         cache_config=SimpleNamespace(**{k: changes.get(k, v) for k, v in cache.items()}),
-        speculative_config=changes.get("speculative_config"),
-        lora_config=changes.get("lora_config"),
     )
 
 
@@ -64,41 +61,6 @@ def test_another_vllm_is_refused_when_a_hybrid_is_loaded(monkeypatch):
     dtr_vllm.register()  # other models in the same environment are none of our business
     with pytest.raises(ImportError, match=r"0\.32\.x, but vLLM 0\.33\.0 is installed"):
         _ = dtr_vllm.DtrLlamaForCausalLM
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"speculative_config": object()}, "speculative decoding is not supported"),
-        ({"lora_config": object()}, "LoRA is not supported"),
-        ({"decode_context_parallel_size": 2}, "context parallelism is not supported"),
-        ({"use_replayssm": True}, "ReplaySSM is for Mamba2"),
-        ({"tensor_parallel_size": 4}, "--tensor-parallel-size 4 does not fit 6 query and 2 kv heads"),
-    ],
-)
-def test_refusals(serve, changes, message):
-    from dtr_vllm.model import refuse_unsupported
-
-    refuse_unsupported(vllm_config())
-    with pytest.raises(ValueError, match=message) as refusal:
-        refuse_unsupported(vllm_config(**changes))
-    assert "\n" not in str(refusal.value)
-
-
-def test_unknown_form_is_refused(serve):
-    from dtr_vllm.model import refuse_unsupported
-
-    config = hybrid_config(tiny_backbone("llama").config, (None, "mamba", None, None), 64)
-    with pytest.raises(
-        ValueError, match=r"dtr\.forms\[1\] is 'mamba': accepted are null, gated_deltanet, gla, jet, hedgehog"
-    ):
-        refuse_unsupported(vllm_config(config))
-
-
-def test_a_refusal_stops_the_start_of_an_engine(serve):
-    model = tiny_hybrid("llama", (None, "gla"), 64, 3, hidden=192)
-    with pytest.raises(ValueError, match="LoRA is not supported"), serve(model, enable_lora=True):
-        pass
 
 
 @pytest.mark.parametrize(

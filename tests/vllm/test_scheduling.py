@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-import torch
 
 from tests.tiny import tiny_hybrid
+from tests.vllm.reference import greedy, random_prompts
 
 pytestmark = pytest.mark.vllm
 
@@ -13,26 +13,13 @@ NEW_TOKENS = 12
 TOLERANCE = 1e-3  # as in test_parity.py
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_hybrid("llama", FORMS, 64, 3, hidden=192)
-
-
-def random_prompts(lengths, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, 512, (length,), generator=generator).tolist() for length in lengths]
+@pytest.fixture(scope="module", params=[64, 0], ids=["window 64", "no window"])
+def model(request):
+    return tiny_hybrid("llama", FORMS, request.param, 3, hidden=192)
 
 
 def alone(model, prompts, new_tokens=NEW_TOKENS):
-    """The reference: each prompt by itself through transformers' `generate`, greedy and with its cache."""
-    results = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, eos_token_id=None
-        )
-        results.append(out[0, len(prompt) :].tolist())
-    return results
+    return greedy(model, prompts, new_tokens)
 
 
 @pytest.mark.parametrize("chunk", [16, 63, 64, 65, 2048])
@@ -78,12 +65,17 @@ def test_cached_prefixes_give_the_same_tokens(serve, model):
     assert branch[0].num_cached_tokens == 640
 
 
-def test_preempted_requests_start_over(serve, model):
-    """With pages for few sequences, vLLM drops running requests and computes them again later."""
+@pytest.mark.parametrize("prefix_caching", [False, True])
+def test_preempted_requests_start_over(serve, model, prefix_caching):
+    """With pages for few sequences, vLLM drops running requests and computes them again later; with prefix caching
+    from a state it kept."""
     prompts = random_prompts([100, 120, 110, 90], seed=13)
     new_tokens = 60
+    options = {"max_model_len": 512, "disable_log_stats": False, "enable_prefix_caching": prefix_caching}
     # A page holds 128 tokens of attention or one state. There are enough for the four prompts, until they grow.
-    with serve(model, kv_cache_memory_bytes=1_600_000, max_model_len=512, disable_log_stats=False) as served:
+    with serve(model, num_gpu_blocks_override=14, **options) as served:
+        free = served.free_blocks
         outputs = served.run(prompts, new_tokens)
+        assert served.free_blocks == free
     assert sum(o.metrics.num_preemptions for o in outputs) > 0, "nothing was preempted: the pool is too large"
     assert [list(o.outputs[0].token_ids) for o in outputs] == alone(model, prompts, new_tokens)

@@ -49,6 +49,13 @@ class Server:
         assert events[-1] == "[DONE]"
         return [json.loads(event) for event in events[:-1]]
 
+    def metric(self, name: str) -> float:
+        """The sum of a Prometheus metric over its labels."""
+        with urllib.request.urlopen(self.base + "/metrics", timeout=30) as response:
+            lines = [line.decode() for line in response if line.decode().startswith(name + "{")]
+        assert lines, f"no metric {name}"
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
     def expected(self, prompt: list[int]) -> list[int]:
         """Greedy tokens of the Hugging Face hybrid, with its cache."""
         ids = torch.tensor([prompt])
@@ -141,3 +148,33 @@ def test_chat_streamed_and_whole(server):
     assert "".join(part["choices"][0]["delta"].get("content") or "" for part in parts) == whole
     prompt = server.tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert whole == server.expected_text(prompt)
+
+
+def test_clients_that_go_away_leave_nothing_behind(server):
+    """Half of the streams are closed after a few tokens. The others get their tokens, and the cache is empty again."""
+    generator = torch.Generator().manual_seed(19)
+    prompts = [torch.randint(8, 512, (length,), generator=generator).tolist() for length in (1, 700, 65, 1100, 300, 64)]
+
+    def ask(index: int) -> list[int]:
+        options = {"prompt": prompts[index], "return_token_ids": True, "stream": True}
+        if index % 2 == 0:
+            options["max_tokens"] = 2000
+        tokens: list[int] = []
+        with server.post("/v1/completions", **options) as response:
+            for line in response:
+                if not line.startswith(b"data: {"):
+                    continue
+                tokens += json.loads(line[len(b"data: ") :])["choices"][0].get("token_ids") or []
+                if index % 2 == 0 and len(tokens) >= 3:
+                    return tokens  # which closes the connection
+        return tokens
+
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        answers = list(pool.map(ask, range(len(prompts))))
+    for prompt, tokens in zip(prompts, answers, strict=True):
+        assert tokens and tokens == server.expected(prompt)[: len(tokens)]
+    assert [len(tokens) for tokens in answers[1::2]] == [NEW_TOKENS] * 3
+    deadline = time.monotonic() + 30
+    while server.metric("vllm:num_requests_running") or server.metric("vllm:kv_cache_usage_perc"):
+        assert time.monotonic() < deadline, "aborted requests still run or hold blocks"
+        time.sleep(0.2)

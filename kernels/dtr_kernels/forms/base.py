@@ -140,54 +140,52 @@ class Form(nn.Module):
             return rows.readout(out, self.out_gain, window, share, NORM_EPS, dtype).to(dtype)
         return self.mix(self.readout(out, hidden), window).to(dtype)
 
-    def step_gates(self, hidden: Tensor) -> dict[str, Tensor] | None:
-        """What `compiled.step` makes this form's decay and beta from, or has as they are; None: it cannot."""
+    def step_gates(self) -> dict[str, Tensor] | None:
+        """What `compiled.step` projects this form's decay and beta from hidden with; None: it has no such step."""
         return None
+
+    def step_decay(self, hidden: Tensor) -> Tensor | None:
+        """hidden [R,hidden_size] -> log decay [R,Hkv] or [R,Hkv,D], for forms whose decay is not among `step_gates`."""
+        return None
+
+    def bind_step(self, state: Mapping[str, Tensor], dtype: torch.dtype) -> step.StepPlan | None:
+        """A decoding step on a CPU, `taps` and `operands` to `output` and all states in one call, over `state`: pools
+        by the names of `state_spec`. dtype: the model's. None where there is none: decode operator by operator then. To
+        be made again when weights or pools are replaced by other tensors."""
+        gates = self.step_gates()
+        if gates is None or not step.fits(state, dtype, self.config.hidden_size):
+            return None
+        decays = type(self).step_decay is not Form.step_decay or "decay_weight" in gates
+        return step.StepPlan(
+            gates=gates,
+            decay="none" if not decays else "key" if self.decay_per_key else "head",
+            state=state,
+            gain=self.out_gain,
+            window_gate=self.window_gate if self.config.window else None,
+            hidden_size=self.config.hidden_size,
+            scale=self.scale,
+            unit_epsilon=self.unit_epsilon,
+            norm_epsilon=NORM_EPS,
+        )
 
     @torch.no_grad()
     def step(
         self,
+        plan: step.StepPlan,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        values: Tensor,
         hidden: Tensor,
         *,
-        state: Mapping[str, Tensor],
         slots: Tensor,
         positions: Tensor,
         out: Tensor,
-    ) -> bool:
-        """One decoding step, `operands` to `output` and both states, in one call; False where there is no such call.
-
-        q [R,Hq,D], k, v [R,Hkv,D] as for `operands`, values [R,Hkv,D] v convolved (v itself without taps), hidden
-        [R,hidden_size]; state: pools by the names of `state_spec`, changed in place; slots, positions [R]; out
-        [R,Hq,D], written.
-        """
-        if not step.fits(q, values, hidden, state, out):
-            return False
-        gates = self.step_gates(hidden)
-        if gates is None:
-            return False
-        step.form_step(
-            q,
-            k,
-            v,
-            values,
-            hidden,
-            gates=gates,
-            per_key=self.decay_per_key,
-            state=state,
-            slots=slots,
-            positions=positions,
-            gain=self.out_gain,
-            window_gate=self.window_gate if self.config.window else None,
-            scale=self.scale,
-            unit_epsilon=self.unit_epsilon,
-            norm_epsilon=NORM_EPS,
-            out=out,
-        )
-        return True
+    ) -> None:
+        """One token for R sequences with the plan of `bind_step`: q [R,Hq,D], k, v [R,Hkv,D] after QK-norm and rotary
+        embedding, hidden [R,hidden_size], slots, positions [R]; writes out [R,Hq,D]. Null slots (<= 0) leave the states
+        as they are and give zeros."""
+        decay, taps = self.step_decay(hidden), self.taps(hidden)
+        plan.run(q, k, v, hidden, decay, taps, slots=slots, positions=positions, out=out)
 
     @torch.no_grad()
     def start_from(self, statistics: TeacherStatistics) -> None:

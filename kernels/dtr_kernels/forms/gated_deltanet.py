@@ -59,7 +59,7 @@ class GatedDeltaNet(Form):
             log_decay, beta = -rate * F.softplus(self.decay_proj(hidden)), torch.sigmoid(self.beta_proj(hidden))
         return Operands(l2_normalised(q), l2_normalised(k), v.float(), log_decay, beta)
 
-    def step_gates(self, hidden: Tensor) -> dict[str, Tensor]:
+    def step_gates(self) -> dict[str, Tensor]:
         return {
             "decay_weight": self.decay_proj.weight,
             "decay_bias": self.decay_proj.bias,

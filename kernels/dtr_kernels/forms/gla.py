@@ -38,8 +38,11 @@ class GatedLinearAttention(Form):
     def operands(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Operands:
         return Operands(q.float(), k.float(), v.float(), self._log_decay(hidden), None)
 
-    def step_gates(self, hidden: Tensor) -> dict[str, Tensor]:
-        return {"log_decay": self._log_decay(hidden)}
+    def step_gates(self) -> dict[str, Tensor]:
+        return {}
+
+    def step_decay(self, hidden: Tensor) -> Tensor:
+        return self._log_decay(hidden)
 
     def _log_decay(self, hidden: Tensor) -> Tensor:
         """[...,Hkv,D]"""

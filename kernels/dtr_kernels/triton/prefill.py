@@ -46,8 +46,8 @@ def chunk_size(operand_dtype: torch.dtype) -> int:
     return 32 if operand_dtype == torch.float32 else 64
 
 
-def prefill_plan(
-    cu_seqlens: Tensor, tokens: int, *, operand_dtype: torch.dtype, device: torch.device | None = None
+def plan_of_operator(
+    cu_seqlens: Tensor, tokens: int, operand_dtype: torch.dtype, device: torch.device | None = None
 ) -> ChunkPlan:
     """The plan that `linear_attention_prefill` builds for itself if it is given none; the same for all layers.
 
@@ -85,7 +85,7 @@ def linear_attention_prefill(
         slots: [R] integers. A slot <= 0 is a null slot: the pool stays as it is, outputs are zero.
         cu_seqlens: [R+1] integers; has_initial_state: [R] bool, False starts from zeros whatever the slot holds. On
             either device; from pageable host memory the copy may wait for the stream.
-        plan: of `prefill_plan` for the same pack, to build it once for many layers.
+        plan: of `plan_of_operator` for the same pack, to build it once for many layers.
         operand_dtype: of products, float32 or bfloat16; None: float32 if q, k and v are, else bfloat16.
         out_dtype: of the output.
 
@@ -113,7 +113,7 @@ def linear_attention_prefill(
     if tokens == 0 or sequences == 0:
         return out.zero_()
     if plan is None:
-        plan = prefill_plan(cu_seqlens, tokens, operand_dtype=operand_dtype, device=device)
+        plan = plan_of_operator(cu_seqlens, tokens, operand_dtype, device)
     chunk, chunks = plan.chunk, plan.chunks
     if plan.tokens != tokens or plan.first_chunk.numel() != sequences + 1 or chunk != chunk_size(operand_dtype):
         raise ValueError(

@@ -21,6 +21,11 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 CHUNK = 64
 
 
+def plan_of_window(cu_seqlens: Tensor, tokens: int, device: torch.device | None = None) -> ChunkPlan:
+    """The plan that `window_attention_prefill` builds for itself if it is given none; the same for all layers."""
+    return chunk_plan(cu_seqlens, tokens, CHUNK, device or cu_seqlens.device)
+
+
 def window_attention_prefill(
     q: Tensor,
     k: Tensor,
@@ -43,7 +48,7 @@ def window_attention_prefill(
         slots: [R] integers on the device. A slot <= 0 leaves the rings as they are and gives zeros.
         cu_seqlens: [R+1]; start: [R], position of each sequence's first token here, 0 = nothing cached. On either
             device; from pageable host memory the copy may wait for the stream.
-        plan: of `prefill_plan` for the same pack, to build it once for many layers.
+        plan: of `plan_of_window` for the same pack, to build it once for many layers.
 
     Returns:
         out [N,Hq,D] in q's dtype; zero in null slots and in rows that belong to no sequence.
@@ -62,7 +67,7 @@ def window_attention_prefill(
     out = torch.empty(tokens, heads, dim, dtype=q.dtype, device=device)
     if tokens == 0 or sequences == 0:
         return out.zero_()
-    plan = plan or chunk_plan(cu_seqlens, tokens, CHUNK, device)
+    plan = plan or plan_of_window(cu_seqlens, tokens, device)
     if plan.tokens != tokens or plan.first_chunk.numel() != sequences + 1:
         raise ValueError(
             f"the plan is for {plan.tokens} tokens and {plan.first_chunk.numel() - 1} sequences,"

@@ -1,6 +1,6 @@
 /* One decoding step of a form's branch and of its window, from what the projections give to the heads' output: the
  * kernels of the other files one after another behind one call. At one token a sequence the way into C and back costs
- * as much as what is computed there. */
+ * as much as what is computed there, so what does not change from step to step comes as one struct. */
 #include "simd.h"
 
 int dtr_unit_rows(const void *, float *, int64_t, int64_t, int64_t, int64_t, int, float, int);
@@ -16,62 +16,108 @@ int dtr_window_step(const void *, const void *, const void *, void *, void *, co
                     int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
                     int64_t, int, int, int, float, int);
 
+/* Multiply-adds of a step below which one thread does it all, some 10 microseconds: waking another costs as much, and
+ * far more where a server's other processes hold the cores. */
+#define WORTH_A_THREAD 500000
+
+/* A layer's weights and pools. `compiled/step.py` has the same struct; sizes in elements, strides of a slot or a row.
+ * decay_weight, beta_weight: projections of hidden (see dtr_gates; the rate is exp(log_rate)), NULL for forms without.
+ * conv [S,taps-1,Hkv,D]: the rows of v that a convolution of `taps` still needs; taps 0: none. window 0: no rings, else
+ * its share of the mix is sigmoid(window_gate). unit: q and k are L2-normalised for the linear branch. */
+typedef struct {
+    const float *decay_weight, *decay_bias, *log_rate, *beta_weight, *beta_bias, *gain, *window_gate;
+    void *pool, *ring_k, *ring_v, *conv;
+    int64_t pool_stride, ring_slot, ring_row, conv_stride, pool_slots, heads, group, dim, inputs, window, taps;
+    int pool_type, ring_type, conv_type, decay_kind, unit;
+    float unit_epsilon, norm_epsilon, scale;
+} FormStep;
+
 /* [tokens, width] of any type, tokens `stride` apart -> float rows one after another. */
 static void gather_rows(const void *from, int type, int64_t stride, int64_t tokens, int64_t width, float *to) {
     for (int64_t t = 0; t < tokens; t++) widen(to + t * width, at(from, type, t * stride), type, width);
 }
 
-/* q [R,Hq,D], k, v [R,Hkv,D] of one type, as the window sees them; values [R,Hkv,D] what the linear branch writes (v, or
- * v convolved). unit: q and k are L2-normalised for the linear branch. Gates: from hidden [R,inputs] where weights are
- * given (see dtr_gates; the rate is exp(log_rate)), else log_decay and beta as they are, NULL for rules without. window 0: no
- * rings; else its share of the mix is sigmoid(window_gate). out [R,Hq,D] float or bfloat16. Slots <= 0 leave the states as they are and give zeros. */
-int dtr_form_step(const void *q, const void *k, const void *v, const void *values, const void *hidden,
-                  const float *decay_weight, const float *decay_bias, const float *log_rate, const float *beta_weight,
-                  const float *beta_bias, const float *log_decay, const float *beta, void *pool, const int64_t *slots,
-                  void *ring_k, void *ring_v, const int64_t *positions, const float *gain, const float *window_gate, void *out,
-                  int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t values_stride, int64_t hidden_stride,
-                  int64_t pool_stride, int64_t ring_slot, int64_t ring_row, int64_t tokens, int64_t heads, int64_t group,
-                  int64_t dim, int64_t inputs, int64_t window, int64_t pool_slots, int type, int values_type,
-                  int hidden_type, int pool_type, int ring_type, int out_type, int decay_kind, int unit,
-                  float unit_epsilon, float norm_epsilon, float scale, int threads) {
+/* One token of the convolution: v [width] -> out [width] = sum_j taps[j] * row j, of the kept rows and v; the oldest row
+ * leaves. `row` is scratch [width]. */
+static void convolve(const FormStep *s, int64_t slot, const void *v, int type, const float *taps, float *out, float *row) {
+    const int64_t width = s->heads * s->dim, kept = s->taps - 1, bytes = width * bytes_of(s->conv_type);
+    char *rows = (char *)s->conv + slot * s->conv_stride * bytes_of(s->conv_type);
+    widen(row, v, type, width);
+    for (int64_t c = 0; c < width; c++) out[c] = taps[kept * width + c] * row[c];
+    for (int64_t j = 0; j < kept; j++) {
+        float *old = row + width;
+        widen(old, rows + j * bytes, s->conv_type, width);
+        for (int64_t c = 0; c < width; c++) out[c] += taps[j * width + c] * old[c];
+    }
+    if (kept) {
+        memmove(rows, rows + bytes, (size_t)((kept - 1) * bytes));
+        narrow(rows + (kept - 1) * bytes, s->conv_type, row, width);
+    }
+}
+
+/* q [R,Hq,D], k, v [R,Hkv,D] of one type, as the window sees them; hidden [R,inputs]. log_decay [R,Hkv] or [R,Hkv,D]
+ * where it is no projection of hidden, taps [R,K,Hkv,D] for forms with a convolution, else NULL. slots [R] int32 or int64,
+ * `slot_stride` apart. out [R,Hq,D] float or bfloat16. Slots <= 0 leave the states as they are and give zeros. */
+int dtr_form_step(const FormStep *s, const void *q, const void *k, const void *v, const void *hidden,
+                  const float *log_decay, const float *taps, const void *slots, const int64_t *positions, void *out,
+                  int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t hidden_stride, int64_t slot_stride,
+                  int64_t tokens, int type, int hidden_type, int wide_slots, int out_type, int threads) {
+    const int64_t heads = s->heads, group = s->group, dim = s->dim, window = s->window;
     const int64_t q_size = tokens * heads * group * dim, kv_size = tokens * heads * dim, gate_size = tokens * heads;
-    float *work = scratch(3 * q_size + 2 * kv_size + 2 * gate_size + 2 * (tokens + 2) + heads * (group + 1));
+    float *work = scratch(3 * q_size + 2 * kv_size + 2 * gate_size + 2 * heads * dim + heads * (group + 1) +
+                          2 * (2 * tokens + 2));
     if (!work) return NO_MEMORY;
     float *queries = work, *keys = queries + q_size, *writes = keys + kv_size, *linear = writes + kv_size;
-    float *near = linear + q_size, *decays = near + q_size, *betas = decays + gate_size;
-    float *rate = betas + gate_size, *share = rate + heads;
-    int64_t *borders = (int64_t *)(((uintptr_t)(share + heads * group) + 7) / 8 * 8);
+    float *near = linear + q_size, *decays = near + q_size, *betas = decays + gate_size, *row = betas + gate_size;
+    float *rate = row + 2 * heads * dim, *share = rate + heads;
+    int64_t *borders = (int64_t *)(((uintptr_t)(share + heads * group) + 7) / 8 * 8), *places = borders + tokens + 1;
+    int result = DONE;
     for (int64_t t = 0; t <= tokens; t++) borders[t] = t;
-    for (int64_t h = 0; decay_weight && h < heads; h++) rate[h] = expf(log_rate[h]);
-    for (int64_t h = 0; window && h < heads * group; h++) share[h] = 1.0f / (1.0f + expf(-window_gate[h]));
-    const int few = tokens < 4 ? 1 : threads; /* waking another thread costs more than a few rows do */
-    if (unit) {
-        dtr_unit_rows(q, queries, tokens, heads * group, dim, q_stride, type, unit_epsilon, few);
-        dtr_unit_rows(k, keys, tokens, heads, dim, k_stride, type, unit_epsilon, few);
+    for (int64_t t = 0; t < tokens; t++) {
+        places[t] = wide_slots ? ((const int64_t *)slots)[t * slot_stride] : ((const int32_t *)slots)[t * slot_stride];
+        if (places[t] >= s->pool_slots) result = BAD_INDEX;
+    }
+    if (result) {
+        free(work);
+        return result;
+    }
+    for (int64_t h = 0; s->decay_weight && h < heads; h++) rate[h] = expf(s->log_rate[h]);
+    for (int64_t h = 0; window && h < heads * group; h++) share[h] = 1.0f / (1.0f + expf(-s->window_gate[h]));
+    const int few = tokens < 4 ? 1 : threads; /* for what goes row by row */
+    const int many = kv_size * (group + 3) * dim < WORTH_A_THREAD ? 1 : threads;
+    if (s->unit) {
+        dtr_unit_rows(q, queries, tokens, heads * group, dim, q_stride, type, s->unit_epsilon, few);
+        dtr_unit_rows(k, keys, tokens, heads, dim, k_stride, type, s->unit_epsilon, few);
     } else {
         gather_rows(q, type, q_stride, tokens, heads * group * dim, queries);
         gather_rows(k, type, k_stride, tokens, heads * dim, keys);
     }
-    gather_rows(values, values_type, values_stride, tokens, heads * dim, writes);
-    if (decay_weight) {
-        dtr_gates(hidden, decay_weight, decay_bias, rate, decays, tokens, inputs, heads, hidden_stride, hidden_type, 1, few);
+    if (s->taps) {
+        for (int64_t t = 0; t < tokens; t++)
+            if (places[t] > 0)
+                convolve(s, places[t], at(v, type, t * v_stride), type, taps + t * s->taps * heads * dim,
+                         writes + t * heads * dim, row);
+            else memset(writes + t * heads * dim, 0, (size_t)(heads * dim) * 4);
+    } else gather_rows(v, type, v_stride, tokens, heads * dim, writes);
+    if (s->decay_weight) {
+        dtr_gates(hidden, s->decay_weight, s->decay_bias, rate, decays, tokens, s->inputs, heads, hidden_stride, hidden_type,
+                  1, few);
         log_decay = decays;
     }
-    if (beta_weight) {
-        dtr_gates(hidden, beta_weight, beta_bias, NULL, betas, tokens, inputs, heads, hidden_stride, hidden_type, 0, few);
-        beta = betas;
-    }
-    int result = dtr_linear_forward(queries, keys, writes, log_decay, beta, linear, pool, slots, borders, NULL, NULL, NULL,
-                                    heads * group * dim, heads * dim, heads * dim, pool_stride, tokens, heads, group, dim,
-                                    dim, 1, 0, 0, pool_slots, tokens, FLOAT32, pool_type, decay_kind, beta != NULL, scale,
-                                    threads);
+    if (s->beta_weight)
+        dtr_gates(hidden, s->beta_weight, s->beta_bias, NULL, betas, tokens, s->inputs, heads, hidden_stride, hidden_type, 0,
+                  few);
+    result = dtr_linear_forward(queries, keys, writes, log_decay, s->beta_weight ? betas : NULL, linear, s->pool, places,
+                                borders, NULL, NULL, NULL, heads * group * dim, heads * dim, heads * dim, s->pool_stride,
+                                tokens, heads, group, dim, dim, 1, 0, 0, s->pool_slots, tokens, FLOAT32, s->pool_type,
+                                s->decay_kind, s->beta_weight != NULL, s->scale, many);
     if (!result && window)
-        result = dtr_window_step(q, k, v, ring_k, ring_v, slots, positions, near, q_stride, k_stride, v_stride, ring_slot,
-                                 ring_row, tokens, heads, group, dim, window, 0, pool_slots, type, ring_type, FLOAT32,
-                                 1.0f / sqrtf((float)dim), threads);
+        result = dtr_window_step(q, k, v, s->ring_k, s->ring_v, places, positions, near, q_stride, k_stride, v_stride,
+                                 s->ring_slot, s->ring_row, tokens, heads, group, dim, window, 0, s->pool_slots, type,
+                                 s->ring_type, FLOAT32, 1.0f / sqrtf((float)dim), many);
     if (!result)
-        dtr_readout(linear, gain, window ? near : NULL, share, out, tokens, heads * group, dim, FLOAT32, out_type,
-                    norm_epsilon, few);
+        dtr_readout(linear, s->gain, window ? near : NULL, share, out, tokens, heads * group, dim, FLOAT32, out_type,
+                    s->norm_epsilon, few);
     free(work);
     return result;
 }
