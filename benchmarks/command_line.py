@@ -1,4 +1,4 @@
-"""What both benchmarks' command lines share: options with several values, and one line an error."""
+"""What the benchmarks' command lines share: options with several values, and one line an error."""
 
 from __future__ import annotations
 
@@ -33,6 +33,16 @@ class Command(TyperCommand):
             typer.echo(f"{self.name}: {error.format_message()} (see --help)", err=True)
             sys.exit(1)
         sys.exit(result if isinstance(result, int) else 0)
+
+
+def application() -> typer.Typer:
+    """The typer application of one benchmark, for its one command."""
+    return typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    )
 
 
 def spread(args: Sequence[str], several: set[str]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from benchmarks.command_line import Command, one_line_errors, use_threads
+from benchmarks.command_line import Command, application, one_line_errors, use_threads
 from dtr_deploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,12 +21,7 @@ DECODE_CONTEXTS = (512, 8192)
 DIRECTIONS = ("forward", "backward", "decode")
 BASELINE = "ours auto"
 
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-)
+app = application()
 
 
 @app.command(name=NAME, cls=Command)

@@ -12,18 +12,13 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.command_line import Command, one_line_errors
+from benchmarks.command_line import Command, application, one_line_errors
 from benchmarks.vllm_server import VllmServer, vllm_server
 from dtr_deploy.errors import DtrError, UsageError
 
 NAME = "benchmarks.served_score"
 
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-)
+app = application()
 
 
 @app.command(name=NAME, cls=Command)

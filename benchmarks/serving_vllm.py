@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from benchmarks.command_line import Command, one_line_errors
+from benchmarks.command_line import Command, application, one_line_errors
 from benchmarks.vllm_server import VllmServer, vllm_command, vllm_server
 from dtr_deploy.engines.base import Workload
 from dtr_deploy.errors import DtrError, UsageError
@@ -32,12 +32,7 @@ SCHEMA = 1
 DEFAULT = ["512+64x1", "4096+64x1", "8000+64x1", "512+64x8", "4096+128x8"]
 MODELS = ("base", "hybrid")
 
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-)
+app = application()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from benchmarks.command_line import Command, one_line_errors
+from benchmarks.command_line import Command, application, one_line_errors
 from benchmarks.vllm_server import VllmServer, vllm_server
 from dtr_deploy.errors import DtrError, UsageError
 
@@ -34,12 +34,7 @@ LEAK_MIB = 256.0
 """How much more than the cache's own blocks, which become resident as they are first used, the server's memory may grow
 from a quarter of the requests to the end."""
 
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-)
+app = application()
 
 
 @dataclass

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dtr_deploy.engines.base import Throughput, TokenScores, Workload
-from dtr_deploy.engines.ort import CONFIG_FILE, available_cores, check_folder
+from dtr_deploy.engines.ort_model import CONFIG_FILE, available_cores, check_folder
 from dtr_deploy.engines.timing import WorkloadTimer
 from dtr_deploy.errors import UsageError
 
@@ -116,5 +116,9 @@ class GenaiEngine:
         if total > self._context:
             raise UsageError(f"{self.folder}: {length} + {new_tokens} tokens exceed its context of {self._context}")
         parameters = self._genai.GeneratorParams(self._model)
-        parameters.set_search_options(batch_size=rows, max_length=total, min_length=total, do_sample=False)
+        # Beams, which a folder's settings may ask for, would give wrong text without an error: genai does not move
+        # recurrent states when beams change places.
+        parameters.set_search_options(
+            batch_size=rows, max_length=total, min_length=total, do_sample=False, num_beams=1, num_return_sequences=1
+        )
         return self._genai.Generator(self._model, parameters)

@@ -36,9 +36,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[An
         window: int = 64,
         group: int = 3,
         precision: str = "fp32",
+        provider: str = "cpu",
         **sizes: int,
     ) -> tuple[Any, Path]:
-        key = (family, forms, window, group, precision, *sizes.items())
+        key = (family, forms, window, group, precision, provider, *sizes.items())
         if key not in made:
             model = (
                 tiny_backbone(family, group, **sizes)
@@ -46,7 +47,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[An
                 else tiny_hybrid(family, forms, window, group, **sizes)
             )
             folder = tmp_path_factory.mktemp("onnx") / precision
-            export_model(model, tiny_tokenizer(), folder, precision)
+            export_model(model, tiny_tokenizer(), folder, precision, provider)
             made[key] = model, folder
         return made[key]
 

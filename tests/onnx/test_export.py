@@ -13,15 +13,17 @@ from dtr_deploy.hybrid.model import save_hybrid
 from tiny import tiny_hybrid, tiny_tokenizer
 
 
-def graph_of(folder):
-    return onnx.load(str(folder / "model.onnx"), load_external_data=False).graph
+def graph_of(folder, name="model.onnx"):
+    return onnx.load(str(folder / name), load_external_data=False).graph
 
 
 def test_folder_is_complete_and_valid(exported):
     _, folder = exported()
-    onnx.checker.check_model(str(folder / "model.onnx"))
+    for name in ("model.onnx", "model_all_logits.onnx"):
+        onnx.checker.check_model(str(folder / name))
     names = {path.name for path in folder.iterdir()}
-    assert {"model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json"} <= names
+    files = {"model.onnx", "model_all_logits.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json"}
+    assert files <= names and "model_all_logits.onnx.data" not in names
     config = json.loads((folder / "genai_config.json").read_text())
     assert config["model"]["type"] == "llama"
     assert config["model"]["decoder"]["inputs"]["past_recurrent_names"] == "past.%d.recurrent"
@@ -98,16 +100,6 @@ def test_checkpoint_folder(tmp_path, exported, engine, prompts):
     assert (ours.logprobs == theirs.logprobs).all()
 
 
-def test_last_logits_only(tmp_path, exported, engine, prompts):
-    model, folder = exported()
-    export_model(model, tiny_tokenizer(), tmp_path / "onnx", "fp32", last_logits_only=True)
-    pruned = engine(tmp_path / "onnx")
-    texts = prompts(70)
-    assert pruned.generate(texts, 5) == engine(folder).generate(texts, 5)
-    with pytest.raises(UsageError, match="last_logits_only"):
-        pruned.score(texts)
-
-
 def test_export_replaces_a_folder(tmp_path, exported):
     model, _ = exported()
     (tmp_path / "onnx").mkdir()
@@ -136,7 +128,11 @@ def test_model_is_not_modified(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    (({"precision": "int3"}, "int3.*fp32, fp16, int8, int4"), ({"execution_provider": "npu"}, "npu.*cpu, cuda")),
+    (
+        ({"precision": "int3"}, "int3.*fp32, fp16, int8, int4"),
+        ({"execution_provider": "npu"}, "npu.*cpu, cuda"),
+        ({"precision": "fp32", "execution_provider": "cuda"}, "fp32.*cuda.*fp16, int8, int4"),
+    ),
 )
 def test_unknown_options(options, message, tmp_path):
     with pytest.raises(UsageError, match=message):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from dtr_deploy.engines.genai import GenaiEngine
 from dtr_deploy.engines.torch import TorchEngine
 from dtr_kernels.forms import FORMS
 
@@ -90,11 +91,40 @@ def test_quantized_is_close(precision, forms, exported, engine, prompts):
         full, quantized = (
             engine(exported("llama", forms, precision=kind)[1], kind).score(texts) for kind in ("fp32", precision)
         )
-        return float(
-            np.mean([_kl(a, b, row) for a, b in zip(full, quantized, strict=True) for row in range(len(a.logprobs))])
-        )
+        return mean_kl(full, quantized)
 
     assert divergence(forms) < 2 * divergence(None) + 0.01
+
+
+@pytest.mark.parametrize("window", (0, 64))
+@pytest.mark.parametrize("forms", (MIXED, OTHERS, ("gated_deltanet", "gla", None)))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_is_close(family, forms, window, exported, engine, prompts):
+    """Mean KL from the fp32 export, against the unreplaced backbone's own; states and forms stay float32.
+
+    Twice the backbone's: each layer rounds what it gets and gives, whatever it is made of.
+    """
+    texts = prompts(1, 60, 130)
+
+    def divergence(forms) -> float:
+        full, half = (
+            engine(exported(family, forms, window, precision=kind)[1], kind).score(texts) for kind in ("fp32", "fp16")
+        )
+        return mean_kl(full, half)
+
+    assert divergence(forms) < 2 * divergence(None) + 1e-4 < 1e-2
+
+
+@pytest.mark.parametrize("forms", (None, MIXED, ("gated_deltanet", "gla", None)))
+def test_half_precision_under_genai(forms, exported, engine, prompts):
+    """Same folder, two programs, the same kernels."""
+    _, folder = exported("llama", forms, precision="fp16")
+    texts = prompts(1, 70)
+    assert GenaiEngine(folder, "fp16", threads=1).generate(texts, 8) == engine(folder, "fp16").generate(texts, 8)
+
+
+def mean_kl(full, other) -> float:
+    return float(np.mean([_kl(a, b, row) for a, b in zip(full, other, strict=True) for row in range(len(a.logprobs))]))
 
 
 def _kl(a, b, row: int) -> float:

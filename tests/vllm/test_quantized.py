@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from dtr_deploy import cli
 from dtr_deploy.errors import UsageError
 from dtr_deploy.export import compressed
 from dtr_deploy.export.compressed import quantize_checkpoint
@@ -138,6 +140,14 @@ def fake_quantized(model: torch.nn.Module, folder: Path, precision: str) -> torc
             module.weight.copy_(tensors[f"{name}.weight"].float() * tensors[f"{name}.weight_scale"])
             module.register_forward_pre_hook(round_input)
     return model
+
+
+def test_the_command(folder, tmp_path):
+    arguments = ["quantize", str(folder), str(tmp_path / "small"), "--precision", "fp8"]
+    first, again = CliRunner().invoke(cli.app, arguments), CliRunner().invoke(cli.app, arguments)
+    assert first.exit_code == 0 and "quantized to fp8" in first.stdout
+    assert (tmp_path / "small" / "config.json").is_file()
+    assert again.exit_code == 1 and again.stderr.startswith("dtr-deploy: ") and again.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("precision", STEPS)

@@ -1,6 +1,8 @@
 """From a hybrid checkpoint, or an ordinary backbone, to a folder for ONNX Runtime.
 
-The folder holds `model.onnx`, `model.onnx.data`, `genai_config.json` and the tokenizer. It appears whole or not at all.
+The folder holds `model.onnx`, which gives the logits of each row's last token, `model_all_logits.onnx`, which gives
+those of all tokens (for scores), `model.onnx.data` with the weights of both, `genai_config.json` and the tokenizer. It
+appears whole or not at all.
 """
 
 import contextlib
@@ -24,6 +26,7 @@ PROVIDERS = ("cpu", "cuda")
 # The builders' API moves between releases, so the release is exact.
 GENAI_VERSION = "0.18.0"
 MODEL_FILE = "model.onnx"
+ALL_LOGITS_FILE = "model_all_logits.onnx"
 
 # model_type, of a backbone or of its hybrid -> the architecture whose builder and genai model type it takes.
 ARCHITECTURES = {
@@ -35,7 +38,7 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class OnnxExport:
-    """An exported folder. nodes: of the graph; linear_layers: of the model."""
+    """An exported folder. nodes: of the served graph; linear_layers: of the model."""
 
     folder: Path
     precision: str
@@ -50,8 +53,6 @@ def export_onnx(
     out_folder: str | Path,
     precision: str = "int4",
     execution_provider: str = "cpu",
-    *,
-    last_logits_only: bool = False,
 ) -> OnnxExport:
     """Export a hybrid checkpoint (a folder) or a backbone (whatever `load_backbone` takes) to `out_folder`.
 
@@ -69,7 +70,7 @@ def export_onnx(
 
         backbone = load_backbone(str(source))
         model, tokenizer = backbone.model, backbone.tokenizer
-    return export_model(model, tokenizer, out_folder, precision, execution_provider, last_logits_only=last_logits_only)
+    return export_model(model, tokenizer, out_folder, precision, execution_provider)
 
 
 def export_model(
@@ -78,8 +79,6 @@ def export_model(
     out_folder: str | Path,
     precision: str = "int4",
     execution_provider: str = "cpu",
-    *,
-    last_logits_only: bool = False,
 ) -> OnnxExport:
     """Export a model in memory; it is not modified.
 
@@ -90,8 +89,6 @@ def export_model(
         precision: "fp32"; "int4" or "int8" for the weights of the large projections and the LM head (blocks of 32;
             forms, gates and states stay float32); "fp16" for weights and activations (forms and states stay float32).
         execution_provider: "cpu" or "cuda", what genai_config.json asks for.
-        last_logits_only: write the LM head for the last position only: prefill is faster and needs no memory for
-            T x vocabulary logits, but the model can no longer score prompts, and batches must not be padded.
 
     Raises:
         UsageError: onnxruntime-genai is missing or another release, or an option or a family is not supported.
@@ -107,10 +104,10 @@ def export_model(
     from onnxruntime_genai.models.builders.base import Model
 
     from dtr_deploy.export.onnx.builders import BUILDERS
+    from dtr_deploy.export.onnx.last_token import with_all_logits
 
     config = _builder_config(model, ARCHITECTURES[family])
     window = (getattr(model.config, "dtr", None) or {}).get("window", 0)
-    options = {"prune_lm_head": True} if last_logits_only else {}
     with _whole_folder(Path(out_folder)) as folder, _quiet():
         tokenizer.save_pretrained(folder)
         if model.generation_config is not None:
@@ -122,20 +119,22 @@ def export_model(
             model,
             window,
             config,
-            genai.set_io_dtype(precision, execution_provider, options),
-            genai.set_onnx_dtype(precision, options),
+            genai.set_io_dtype(precision, execution_provider, {}),
+            genai.set_onnx_dtype(precision, {}),
             execution_provider,
             str(cache),
-            options,
+            {},
         )
         writer.make_model(str(folder))
         writer.save_model(str(folder))
         writer.make_genai_config(config, {}, str(folder))
         writer.save_processing(str(folder), {}, str(folder))
         shutil.rmtree(cache, ignore_errors=True)
-        path = folder / MODEL_FILE
-        onnx.checker.check_model(str(path))
-        nodes = len(onnx.load(str(path), load_external_data=False).graph.node)
+        served = onnx.load(str(folder / MODEL_FILE), load_external_data=False)
+        onnx.save(with_all_logits(served), str(folder / ALL_LOGITS_FILE))
+        for name in (MODEL_FILE, ALL_LOGITS_FILE):
+            onnx.checker.check_model(str(folder / name))
+        nodes = len(served.graph.node)
     linear = sum(kind == "linear_attention" for kind in getattr(config, "layer_types", None) or [])
     return OnnxExport(Path(out_folder), precision, execution_provider, window, linear, nodes)
 
@@ -155,11 +154,15 @@ def check_genai() -> None:
 
 
 def check_options(precision: str, execution_provider: str) -> None:
-    """Raise UsageError for a precision or a provider that is not supported."""
+    """Raise UsageError for a precision or a provider that is not supported, or not with the other."""
     if precision not in PRECISIONS:
         raise UsageError(f"ONNX precision {precision!r} is unknown; accepted: {', '.join(PRECISIONS)}")
     if execution_provider not in PROVIDERS:
         raise UsageError(f"execution provider {execution_provider!r} is unknown; accepted: {', '.join(PROVIDERS)}")
+    if (precision, execution_provider) == ("fp32", "cuda"):
+        # GroupQueryAttention has no float32 kernel there, and what the builders write instead has no KV cache.
+        accepted = ", ".join(name for name in PRECISIONS if name != "fp32")
+        raise UsageError(f"ONNX precision 'fp32' is not available for execution provider 'cuda'; accepted: {accepted}")
 
 
 def _builder_config(model: Any, architecture: str) -> Any:

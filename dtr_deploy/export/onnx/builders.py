@@ -1,7 +1,8 @@
 """onnxruntime-genai's model builders, extended by linear layers.
 
 The base builders write everything that is not a linear mixer: embedding, norms, MLP, full attention, LM head,
-quantization, `genai_config.json`, tokenizer files. The mixin adds the states and hands linear layers to `mixer.py`.
+quantization, `genai_config.json`, tokenizer files. The mixin adds the states, hands linear layers to `mixer.py`, and
+leaves all but each row's last token out after the last attention (`last_token.py`).
 The builders' API moves between releases, so `build.py` checks the version before this module is imported.
 """
 
@@ -12,7 +13,9 @@ import onnx_ir as ir
 from onnxruntime_genai.models.builders.llama import LlamaModel
 from onnxruntime_genai.models.builders.qwen import Qwen3Model, QwenModel
 
+from dtr_deploy.export.onnx.call import NewTokens, make_new_tokens
 from dtr_deploy.export.onnx.graph import Graph
+from dtr_deploy.export.onnx.last_token import SEQUENCE, make_last_token_index, take_last_token
 from dtr_deploy.export.onnx.mixer import Shared, StateShapes, make_mixer, make_shared
 
 if TYPE_CHECKING:
@@ -34,10 +37,17 @@ class HybridBuilder(Base):
     def __init__(self, model: Any, window: int, *args: Any) -> None:
         self.source = model
         self.window = window
+        self._new: NewTokens | None = None
         self._shared: Shared | None = None
+        self._only_last_token = False
         super().__init__(*args)
         self.graph.opset_imports[""] = OPSET
         self.writer = Graph(self)
+
+    def is_gqa_supported(self) -> bool:
+        """As the base says, and float16 on the CPU, whose kernel takes it. The base would write MultiHeadAttention
+        there, with caches that are copied every step and a mask that asks for full attention in the first layer."""
+        return (self.ep, self.io_dtype) == ("cpu", ir.DataType.FLOAT16) or super().is_gqa_supported()
 
     def make_inputs_init(self) -> None:
         super().make_inputs_init()
@@ -45,6 +55,7 @@ class HybridBuilder(Base):
 
     def make_outputs_init(self) -> None:
         super().make_outputs_init()
+        self.output_shapes["logits"] = ["batch_size", 1, self.vocab_size]
         self._set_state_io(self.output_shapes, self.output_types, "present")
 
     def _forms(self) -> dict[int, Any]:
@@ -67,6 +78,26 @@ class HybridBuilder(Base):
         standard = "RMSNormalization" if op_type == "SimplifiedLayerNormalization" else op_type
         super().make_node(standard, inputs, outputs, **kwargs)
 
+    def make_hidden_state_shape(self, seq_dim: int | str = SEQUENCE, last_dim: int | None = None) -> list[int | str]:
+        return super().make_hidden_state_shape(1 if self._only_last_token else seq_dim, last_dim)
+
+    def make_layernorm(self, layer_id: int, layernorm: Any, skip: bool, simple: bool, location: str) -> None:
+        if layer_id == self.num_layers - 1 and location == "post_attention":
+            self._keep_last_token()
+        super().make_layernorm(layer_id, layernorm, skip, simple, location)
+
+    def _keep_last_token(self) -> None:
+        """From here on the graph computes one token a row: the residual stream's and the last attention's."""
+        index = make_last_token_index(self.writer, self._new_tokens())
+        for name in ("root_input", "skip_input"):
+            self.layernorm_attrs[name] = take_last_token(self.writer, self.layernorm_attrs[name], index, name)
+        self._only_last_token = True
+
+    def _new_tokens(self) -> NewTokens:
+        if self._new is None:
+            self._new = make_new_tokens(self.writer)
+        return self._new
+
     def load_weights(self, input_path: str) -> Any:
         return self.source
 
@@ -79,7 +110,7 @@ class HybridBuilder(Base):
             super().make_attention(layer_id, attention, root_input, **kwargs)
             return
         if self._shared is None:
-            self._shared = make_shared(self.writer, self._forms(), self._states())
+            self._shared = make_shared(self.writer, self._new_tokens(), self._forms(), self._states())
         make_mixer(self, self.writer, layer_id, attention, root_input, self._shared)
 
 

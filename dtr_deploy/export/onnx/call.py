@@ -1,4 +1,4 @@
-"""What every linear layer needs to know about one call of the model, computed once from the inputs.
+"""What the graph needs to know about one call of the model, computed once from the inputs.
 
 A call brings T tokens for each of B rows; right padding is marked by zeros in the last T columns of `attention_mask`,
 whose other columns say how many tokens each row has already (onnxruntime-genai and `engines.ort` both pass it so).
@@ -21,28 +21,21 @@ LEAD: Shape = ["batch_size", "sequence_length"]
 
 
 @dataclass(frozen=True)
-class Call:
-    """Names of values shared by all linear layers.
+class NewTokens:
+    """Names of what every graph needs to know about a call's tokens, a backbone's too.
 
     rows, length: int64 scalars, B and T.
-    offsets: int64 [T], 0 to T-1.
-    position_ids: int64 [B,T], position of each token in its row.
-    start, real_count: int64 [B,1], tokens each row had before this call, and brings in it.
-    real: float32 [B,T,1], 1 for a token and 0 for padding.
-    gate_mask: float32 [B,T,1], 0 for a token and -PADDING_LOGIT for padding.
+    mask: int64 [B,T], 1 for a token and 0 for padding.
+    real_count: int64 [B,1], tokens each row brings.
     """
 
     rows: str
     length: str
-    offsets: str
-    position_ids: str
-    start: str
+    mask: str
     real_count: str
-    real: str
-    gate_mask: str
 
 
-def make_call(graph: Graph) -> Call:
+def make_new_tokens(graph: Graph) -> NewTokens:
     at = "/model/call"
     int64 = graph.int64
     shape = graph.node("Shape", ["input_ids"], f"{at}/Shape", INT64, [2])
@@ -51,16 +44,42 @@ def make_call(graph: Graph) -> Call:
     first = graph.node("Mul", [length, int64([-1])], f"{at}/mask/Mul", INT64, [1])
     mask = graph.node("Slice", ["attention_mask", first, int64([END]), int64([1])], f"{at}/mask/Slice", INT64, LEAD)
     real_count = graph.node("ReduceSum", [mask, int64([1])], f"{at}/real_count/ReduceSum", INT64, ["batch_size", 1])
+    return NewTokens(rows, length, mask, real_count)
+
+
+@dataclass(frozen=True)
+class Call:
+    """Names of values shared by all linear layers.
+
+    new: the call's tokens.
+    offsets: int64 [T], 0 to T-1.
+    position_ids: int64 [B,T], position of each token in its row.
+    start: int64 [B,1], tokens each row had before this call.
+    real: float32 [B,T,1], 1 for a token and 0 for padding.
+    gate_mask: float32 [B,T,1], 0 for a token and -PADDING_LOGIT for padding.
+    """
+
+    new: NewTokens
+    offsets: str
+    position_ids: str
+    start: str
+    real: str
+    gate_mask: str
+
+
+def make_call(graph: Graph, new: NewTokens) -> Call:
+    at = "/model/call"
+    int64 = graph.int64
     total = graph.node("ReduceSum", ["attention_mask", int64([1])], f"{at}/total/ReduceSum", INT64, ["batch_size", 1])
-    start = graph.node("Sub", [total, real_count], f"{at}/start/Sub", INT64, ["batch_size", 1])
-    offsets = graph.node("Range", [int64(0), length, int64(1)], f"{at}/offsets/Range", INT64, ["sequence_length"])
+    start = graph.node("Sub", [total, new.real_count], f"{at}/start/Sub", INT64, ["batch_size", 1])
+    offsets = graph.node("Range", [int64(0), new.length, int64(1)], f"{at}/offsets/Range", INT64, ["sequence_length"])
     position_ids = graph.node("Add", [start, offsets], f"{at}/position_ids/Add", INT64, LEAD)
-    mask = graph.node("Unsqueeze", [mask, int64([2])], f"{at}/real/Unsqueeze", INT64, [*LEAD, 1])
+    mask = graph.node("Unsqueeze", [new.mask, int64([2])], f"{at}/real/Unsqueeze", INT64, [*LEAD, 1])
     real = graph.cast(mask, f"{at}/real/Cast", FLOAT, [*LEAD, 1])
     absent = graph.node("Sub", [real, graph.float32(1.0)], f"{at}/gate_mask/Sub", FLOAT, [*LEAD, 1])
     scale = graph.float32(PADDING_LOGIT)
     gate_mask = graph.node("Mul", [absent, scale], f"{at}/gate_mask/Mul", FLOAT, [*LEAD, 1])
-    return Call(rows, length, offsets, position_ids, start, real_count, real, gate_mask)
+    return Call(new, offsets, position_ids, start, real, gate_mask)
 
 
 def make_masked_biases(graph: Graph, call: Call, biases: Sequence[torch.Tensor], name: str) -> list[str]:
@@ -114,12 +133,12 @@ def make_blocks(graph: Graph, call: Call, window: int) -> Blocks:
         return node("Mul", [column, int64([1, 0])], name, [*shape[:-1], 2])
 
     # Scalars
-    size = node("Min", [call.length, int64(window)], "block_size", [])
+    size = node("Min", [call.new.length, int64(window)], "block_size", [])
     near = node("Add", [size, int64(window)], "block_keys", [])
-    last = node("Sub", [call.length, int64(1)], "last_token", [])
+    last = node("Sub", [call.new.length, int64(1)], "last_token", [])
     last_row = node("Add", [last, int64(window)], "last_row", [])
     blocks = node("Add", [node("Div", [last, size], "blocks", []), int64(1)], "blocks", [])
-    total = node("Mul", [blocks, call.rows], "total", [])
+    total = node("Mul", [blocks, call.new.rows], "total", [])
 
     # Blocks of all rows in one dimension
     block = count(total, "block", "batch_size*blocks")
@@ -140,7 +159,7 @@ def make_blocks(graph: Graph, call: Call, window: int) -> Blocks:
     queries = node("Add", [second(clipped, "queries", queries_of_block), row_pair], "queries", [*queries_of_block, 2])
 
     in_row = node("Div", [call.offsets, size], "block_of_token", ["sequence_length"])
-    before_row = node("Mul", [count(call.rows, "row", "batch_size"), blocks], "row", ["batch_size"])
+    before_row = node("Mul", [count(call.new.rows, "row", "batch_size"), blocks], "row", ["batch_size"])
     before_row = node("Unsqueeze", [before_row, int64([1])], "row", ["batch_size", 1])
     of_token = node("Add", [before_row, in_row], "block_of_token", LEAD)
     of_token = first(of_token, [2], "block_of_token", [*LEAD, 1])

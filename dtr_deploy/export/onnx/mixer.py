@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtr_deploy.export.onnx.call import LEAD, Blocks, Call, make_blocks, make_call, make_masked_biases
+from dtr_deploy.export.onnx.call import LEAD, Blocks, Call, NewTokens, make_blocks, make_call, make_masked_biases
 from dtr_deploy.export.onnx.conv import make_dynamic_conv, make_neighbours
 from dtr_deploy.export.onnx.forms import EMITTERS
 from dtr_deploy.export.onnx.forms.base import HeadLayout, OperandNames
@@ -82,9 +82,9 @@ class Shared:
     biases: dict[int, str]
 
 
-def make_shared(graph: Graph, forms: Mapping[int, Any], states: StateShapes) -> Shared:
+def make_shared(graph: Graph, new: NewTokens, forms: Mapping[int, Any], states: StateShapes) -> Shared:
     """forms: of the linear layers, by layer."""
-    call, rows = make_call(graph), states.rows
+    call, rows = make_call(graph, new), states.rows
     wanted = {layer: EMITTERS[form.name].shared_bias(form) for layer, form in forms.items()}
     biases = {layer: bias for layer, bias in wanted.items() if bias is not None}
     names = make_masked_biases(graph, call, list(biases.values()), "gates") if biases else []
@@ -125,12 +125,12 @@ def make_mixer(builder: Any, graph: Graph, layer: int, mixer: Any, root_input: s
     )[0]
     queries_keys = to_float(queries_keys, "qk_rotary", q_size + kv_size)
     v = to_float(v, "v", kv_size)
-    hidden = to_float(root_input, "hidden", builder.hidden_size)
+    form, rows = mixer.form, shared.states.rows
+    emitter = EMITTERS[form.name](graph, form, heads, f"{at}/{form.name}", shared.biases.get(layer))
+    hidden = to_float(root_input, "hidden", builder.hidden_size) if emitter.reads_hidden else ""
 
     past = {kind: builder.input_names[f"past.{kind}"][layer] for kind in ("recurrent", "conv")}
     present = {kind: builder.output_names[f"present.{kind}"][layer] for kind in ("recurrent", "conv")}
-    form, rows = mixer.form, shared.states.rows
-    emitter = EMITTERS[form.name](graph, form, heads, f"{at}/{form.name}", shared.biases.get(layer))
     q, every, values = "", "", v
     if rows.needed_by(form):
         assert shared.kept is not None

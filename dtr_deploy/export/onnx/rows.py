@@ -55,7 +55,7 @@ def make_kept(graph: Graph, call: Call, rows: CarriedRows) -> str:
     at = "/model/rows/kept"
     shape: Shape = ["batch_size", rows.count]
     ages = graph.initializer(torch.arange(rows.count), "model.rows.ages", INT64)
-    kept = graph.node("Add", [call.real_count, ages], f"{at}/Add", INT64, shape)
+    kept = graph.node("Add", [call.new.real_count, ages], f"{at}/Add", INT64, shape)
     return graph.node("Unsqueeze", [kept, graph.int64([2])], f"{at}/Unsqueeze", INT64, [*shape, 1])
 
 

@@ -76,6 +76,8 @@ class FormEmitter:
     """Base of all emitters. `form` is the trained module of `dtr_kernels.forms`, `at` the node-name prefix."""
 
     name: ClassVar[str]
+    # Whether operands or taps read the layer's input.
+    reads_hidden: ClassVar[bool] = True
 
     def __init__(self, graph: Graph, form: Any, heads: HeadLayout, at: str, masked_bias: str | None) -> None:
         self.graph = graph
@@ -101,7 +103,7 @@ class FormEmitter:
 
     def operands(self, queries_keys: str, v: str, hidden: str, call: Call) -> OperandNames:
         """queries_keys [B,T,(Hq+Hkv)*D]: q heads, then k heads, normalised and rotated. v [B,T,Hkv*D], convolved if the
-        form has taps. hidden [B,T,hidden]."""
+        form has taps. hidden [B,T,hidden], "" for a form that does not read it."""
         raise NotImplementedError
 
     def read_out(self, out: str, gain: torch.Tensor) -> str:

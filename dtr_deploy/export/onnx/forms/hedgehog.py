@@ -16,6 +16,7 @@ VALUE_STEP = 32
 
 class HedgehogEmitter(FormEmitter):
     name: ClassVar[str] = "hedgehog"
+    reads_hidden: ClassVar[bool] = False
 
     @classmethod
     def state_dims(cls, head_dim: int) -> tuple[int, int]:
