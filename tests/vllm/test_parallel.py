@@ -37,7 +37,7 @@ def run(folder, prompts, **options):
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core needs no third process
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_LOGGING_LEVEL": "ERROR",
-            **({"TORCHDYNAMO_DISABLE": "1"} if options["enforce_eager"] else {}),
+            "TORCHDYNAMO_DISABLE": "1" if options["enforce_eager"] else "0",  # other tests of this process set it
             "OMP_NUM_THREADS": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # workers of the test share whatever cores there are
         },
