@@ -137,15 +137,23 @@ def engine_option(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def positive(text: str) -> int:
+    """An argument that has to be 1 or more."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: accepted are 1 or more")
+    return number
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving_cache", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoints", type=Path, nargs="+", help="folders, such as the base and the hybrid")
-    parser.add_argument("--prefixes", type=int, default=3, help="shared system prompts")
-    parser.add_argument("--prefix-tokens", type=int, default=1500)
-    parser.add_argument("--tail-tokens", type=int, default=120, help="the longest tail")
-    parser.add_argument("--requests", type=int, default=48)
-    parser.add_argument("--wave", type=int, default=8, help="requests at once")
-    parser.add_argument("--output-tokens", type=int, default=8)
+    parser.add_argument("--prefixes", type=positive, default=3, help="shared system prompts")
+    parser.add_argument("--prefix-tokens", type=positive, default=1500)
+    parser.add_argument("--tail-tokens", type=positive, default=120, help="the longest tail")
+    parser.add_argument("--requests", type=positive, default=48)
+    parser.add_argument("--wave", type=positive, default=8, help="requests at once")
+    parser.add_argument("--output-tokens", type=positive, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--kv-cache-gib", type=float, default=2.0)

@@ -83,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--mamba-ssm-cache-dtype", default="auto")
     chosen = parser.parse_args(arguments)
+    if chosen.window < 0:
+        parser.error("argument --window: accepted are tokens, 0 for none")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     header = ["shapes of", "form", "block", "state KiB", "page KiB", *(f"MiB at {length:,}" for length in TOKENS)]
     print("\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header))))

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+
+from dtr_deploy.errors import UsageError
 
 TOKENS = (1024, 8192, 32768)
 
@@ -127,7 +130,7 @@ def describe(size: Sizing) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dtr_vllm.sizing", description="What vLLM will allocate.")
     parser.add_argument("folder", help="checkpoint; its config.json is enough")
     parser.add_argument("--dtype", default="auto", help="of the model")
@@ -135,18 +138,28 @@ def main() -> None:
     parser.add_argument("--kv-cache-dtype", default="auto", help="of keys and values")
     parser.add_argument("--no-enable-prefix-caching", dest="prefix_caching", action="store_false")
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS), help="lengths of sequences")
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(arguments)
+    if min(chosen.tokens) < 1:
+        parser.error("argument --tokens: accepted are 1 or more")
+    if not (Path(chosen.folder) / "config.json").is_file():
+        print(f"sizing: {chosen.folder}: no config.json there", file=sys.stderr)
+        return 1
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    size = sizing(
-        chosen.folder,
-        tuple(chosen.tokens),
-        dtype=chosen.dtype,
-        mamba_ssm_cache_dtype=chosen.mamba_ssm_cache_dtype,
-        kv_cache_dtype=chosen.kv_cache_dtype,
-        enable_prefix_caching=chosen.prefix_caching,
-    )
+    try:
+        size = sizing(
+            chosen.folder,
+            tuple(chosen.tokens),
+            dtype=chosen.dtype,
+            mamba_ssm_cache_dtype=chosen.mamba_ssm_cache_dtype,
+            kv_cache_dtype=chosen.kv_cache_dtype,
+            enable_prefix_caching=chosen.prefix_caching,
+        )
+    except UsageError as error:
+        print(f"sizing: {error}", file=sys.stderr)
+        return 1
     print(describe(size))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

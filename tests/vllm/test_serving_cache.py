@@ -39,5 +39,7 @@ def test_hits_of_base_and_hybrid(serve, tmp_path, capsys):
 
 def test_mistakes_are_one_line(tmp_path, capsys):
     assert main([str(tmp_path)]) == 1
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "--wave", "0"])
     assert capsys.readouterr().err == f"serving_cache: {tmp_path}: no config.json there\n"
     assert engine_option("a=3") == ("a", 3) and engine_option("a=align") == ("a", "align")

@@ -56,3 +56,13 @@ def test_table_on_the_command_line(serve, capsys):
     assert main(["--models", "Qwen2.5-1.5B", "--forms", "gla"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and lines[-1].startswith("| Qwen2.5-1.5B | gla, window 64 | 256 | 192 |")
+
+
+def test_mistakes_are_one_line(serve, tmp_path, capsys):
+    from dtr_vllm import sizing
+
+    assert sizing.main([str(tmp_path)]) == 1
+    save_hybrid(tiny_hybrid("llama", (None, "gla"), 64, 3, hidden=192), None, tmp_path)
+    assert sizing.main([str(tmp_path), "--dtype", "float32", "--mamba-ssm-cache-dtype", "float16"]) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert "no config.json there" in first and "a recurrent state in float16 is not supported" in second

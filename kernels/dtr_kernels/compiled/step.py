@@ -106,7 +106,7 @@ class StepPlan:
             q [R,Hq,D], k, v [R,Hkv,D]: of one dtype, as the window sees them. hidden [R,hidden_size].
             log_decay: [R,Hkv] or [R,Hkv,D] float32 where the gates do not make it, taps: [R,K,Hkv,D] float32 for forms
                 with a convolution; else None.
-            slots: [R] int32 or int64. Null slots (<= 0) leave the states as they are and give zeros.
+            slots: [R] integers. Null slots (<= 0) leave the states as they are and give zeros.
             positions: [R] int64, of the tokens.
             out: [R,Hq,D] contiguous, float32 or bfloat16; written.
 
@@ -120,6 +120,8 @@ class StepPlan:
             log_decay = log_decay.contiguous()
         if taps is not None:
             taps = taps.contiguous()
+        if slots.dtype not in (torch.int32, torch.int64):
+            slots = slots.long()
         if positions.dtype != torch.int64 or not positions.is_contiguous():
             positions = positions.long().contiguous()
         call(
