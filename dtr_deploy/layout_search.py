@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from dtr_deploy.engines.base import Workload
 from dtr_deploy.hybrid.mixer import form_config
@@ -20,13 +17,15 @@ from dtr_deploy.search.problem import Limits
 from dtr_deploy.search.result import SearchResult
 from dtr_deploy.search.run import search_layout
 from dtr_deploy.search.scorer import ModelEvaluator, Scorer, models_hash
-from dtr_deploy.serving import VLLM_DTYPE, engines_open_at_once, layout_opener
+from dtr_deploy.search.targets import MIB, Targets
+from dtr_deploy.serving import engines_open_at_once, layout_opener
+from dtr_deploy.tasks.build import synthetic_task
 from dtr_deploy.tasks.divergence import Divergence
-from dtr_deploy.tasks.needle import Needle
-from dtr_deploy.throughput.cost_model import GroupCount
-from dtr_deploy.throughput.measure import CalibratedCost, ThroughputMeter, calibrate
+from dtr_deploy.tasks.haystack import Haystack
+from dtr_deploy.throughput.cache_bytes import CacheSize, cache_dtypes
+from dtr_deploy.throughput.calibrate import CalibratedCost, calibrate
+from dtr_deploy.throughput.measure import ThroughputMeter
 from dtr_deploy.throughput.vllm_groups import vllm_group_count
-from dtr_kernels.forms import make_form
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +48,7 @@ def choose_layout(
 
     Raises `InfeasibleTarget` if no layout reaches the target.
     """
-    settings, target = recipe.search, recipe.target
+    settings = recipe.search
     evaluator = ModelEvaluator(
         backbone.model,
         twins,
@@ -68,13 +67,7 @@ def choose_layout(
             return search_layout(
                 Scorer(evaluator, ledger),
                 cost,
-                Objective(
-                    speedup=target.speedup,
-                    max_score_loss=settings.max_score_loss,
-                    max_task_loss=settings.max_task_loss,
-                    max_replaced=settings.max_replaced,
-                    goal=settings.goal,
-                ),
+                objective_of(recipe),
                 ledger,
                 settings.strategy,
                 Limits(settings.max_trials, settings.minutes),
@@ -83,19 +76,38 @@ def choose_layout(
             )
 
 
-def recall_screen(recipe: Recipe, backbone: Backbone) -> list[Needle]:
-    """The short recall test that single swaps are ranked by, or nothing if the recipe turns it off."""
+def objective_of(recipe: Recipe) -> Objective:
+    """The recipe's `target` and bounds in the search's units (seconds, bytes)."""
+    settings, target = recipe.search, recipe.target
+    return Objective(
+        targets=Targets(
+            speedup=target.speedup,
+            first_token_seconds=None if target.ttft_ms is None else target.ttft_ms / 1e3,
+            token_seconds=None if target.tpot_ms is None else target.tpot_ms / 1e3,
+            cache_bytes=None if target.cache_mib is None else int(target.cache_mib * MIB),
+        ),
+        max_score_loss=settings.max_score_loss,
+        max_task_loss=settings.max_task_loss,
+        max_replaced=settings.max_replaced,
+        goal=settings.goal,
+        bound=settings.bound,
+    )
+
+
+def recall_screen(recipe: Recipe, backbone: Backbone) -> list[Haystack]:
+    """The short recall tests that single swaps are ranked by, or nothing if the recipe turns them off."""
     screen = recipe.search.screen
     if not screen.recall_items:
         return []
     return [
-        Needle(
-            RECALL_SCREEN,
+        synthetic_task(kind)(
+            f"{RECALL_SCREEN}: {kind}",
             backbone.tokenizer,
             lengths=(screen.recall_length,),
             items=screen.recall_items,
             seed=recipe.seed + 1,  # other numbers and depths than the recipe's own recall task
         )
+        for kind in screen.recall
     ]
 
 
@@ -124,19 +136,18 @@ def throughput_curve(
     )
     # One layer always keeps full attention: engines count a sequence's tokens by it.
     most = min(len(layers), backbone.layers - 1)
-    groups = _cache_groups(recipe, backbone, workload) if target.engine == "vllm" else None
-    cost = calibrate(meter, backbone.layers, {str(form): most for form in recipe.forms}, groups=groups)
+    cache = CacheSize(backbone.model.config, recipe.window, *cache_dtypes(target.engine, target.precision), workload)
+    groups = None
+    if target.engine == "vllm":
+        # Costs are not a sum over layers there: each group of its cache costs a metadata build a step.
+        sizes = form_config(backbone.model.config, recipe.window)
+        state_bytes = max(map(cache.state_bytes, recipe.forms))
+        groups = vllm_group_count(sizes.num_kv_heads, sizes.head_dim, state_bytes, workload.prompt + workload.output)
+    cost = calibrate(
+        meter, backbone.layers, dict.fromkeys(recipe.forms, most), cache, groups=groups, padded=cache.padded
+    )
     meter.progress = None  # what is measured later belongs to the search's own bar
     return cost
-
-
-def _cache_groups(recipe: Recipe, backbone: Backbone, workload: Workload) -> GroupCount | None:
-    """vLLM's costs are not a sum over layers: each group of its cache costs a metadata build a step."""
-    sizes = form_config(backbone.model.config, recipe.window)
-    dtype = getattr(torch, VLLM_DTYPE[recipe.target.precision])
-    specs = [make_form(form, sizes).state_spec(dtype).values() for form in recipe.forms]
-    state_bytes = max(sum(math.prod(part.shape) * part.dtype.itemsize for part in spec) for spec in specs)
-    return vllm_group_count(sizes.num_kv_heads, sizes.head_dim, state_bytes, workload.prompt + workload.output)
 
 
 def _tell(cost: CalibratedCost, progress: Progress) -> None:

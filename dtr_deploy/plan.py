@@ -24,8 +24,11 @@ TRAINING_PASSES = 3.0
 """Forward and backward of a projection, in forwards."""
 
 ENGINE_START_SECONDS = {"vllm": 20.0, "ort": 5.0}
-RACING_REFRESHES, RACING_SCORINGS = 14, 20
-"""Of the default strategy: it ranks all swaps once and a few again, and scores groups of them."""
+RACING_SCREENS_A_LAYER, RACING_SCORINGS_A_LAYER = 2.0, 1.1
+"""Of the default strategy besides ranking all swaps: what is screened again, and whole scorings of groups and races,
+for each layer that may be replaced. Counted on synthetic searches of 12 and 30 layers."""
+RACING_PART = 0.25
+"""Of the items: every single swap is scored on so many of them for the ranking."""
 
 EFFICIENCY = 0.5
 """Share of the matrix multiplication speed that whole models reach."""
@@ -211,7 +214,8 @@ def _evaluations(recipe: Recipe, twins: int, layers: int) -> tuple[int, int]:
         # Every step scores every candidate that is left.
         screens, scores = 0, twins * (layers + 1) // 2
     elif recipe.search.strategy == "racing":
-        screens, scores = twins + RACING_REFRESHES, RACING_SCORINGS
+        screens = twins + round(RACING_SCREENS_A_LAYER * layers)
+        scores = round(RACING_PART * twins + RACING_SCORINGS_A_LAYER * layers)
     else:
         screens, scores = twins, layers
     limit = recipe.search.max_trials

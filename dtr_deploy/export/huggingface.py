@@ -55,12 +55,15 @@ def model_card(report: Report) -> str:
     forms = counts(layout)
     kept = [layer for layer, form in enumerate(layout) if form is None]
     name = report.recipe["name"]
+    window = f"softmax window {report.recipe['window']}"
+    if any("@" in form for form in forms):
+        window += ", or the tokens after @"
     parts = [
         FRONT_MATTER,
         f"# {name}",
         f"{report.backbone.spec} with {sum(forms.values())} of {len(layout)} attention layers replaced by linear "
-        f"attention ({', '.join(f'{form} {count}' for form, count in forms.items()) or 'none'}; softmax window "
-        f"{report.recipe['window']}). Full attention stays in layers {ranges(kept) or 'none'}.",
+        f"attention ({', '.join(f'{form} {count}' for form, count in forms.items()) or 'none'}; {window}). Full "
+        f"attention stays in layers {ranges(kept) or 'none'}.",
         "Made by dtr-deploy: twins of the attention layers are distilled, then replace them where the score holds and "
         "the measured throughput pays (Distill-then-Replace, arXiv 2601.11667).",
         "## Use",

@@ -167,6 +167,14 @@ class Ledger:
             Trial(TrialKey(r[0], decode_layout(r[1]), r[2], r[3]), r[4], json.loads(r[5]), r[6], r[7]) for r in rows
         ]
 
+    def summary(self) -> dict[str, dict[str, float]]:
+        """What the stored trials took, by kind: `trials`, `layer_forwards`, `seconds`."""
+        with self._errors_in_one_line():
+            rows = self._db.execute(
+                "SELECT kind, count(*), sum(layer_forwards), sum(seconds) FROM trials GROUP BY kind ORDER BY kind"
+            ).fetchall()
+        return {kind: {"trials": n, "layer_forwards": work, "seconds": time} for kind, n, work, time in rows}
+
     def record_step(self, search: str, number: int, step: Mapping[str, Any]) -> None:
         """Store step `number` (from 0) of the search named `search`.
 

@@ -6,7 +6,7 @@ A strategy decides *what to try next*; everything else (scoring, memory, through
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -14,13 +14,17 @@ from dtr_deploy.hybrid.layout import Layout, full, swap
 from dtr_deploy.search.ledger import Ledger, Status
 from dtr_deploy.search.objective import LayoutScore, Loss, Objective, Screening, Visit
 from dtr_deploy.tasks.base import Split
+from dtr_deploy.throughput.performance import Performance
 
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, message); `total` is an estimate that may grow."""
 
+TOGETHER = 8
+"""Layouts handed to the scorer at once: enough to share prefixes, few enough to see progress and to stop."""
+
 
 class Candidate(NamedTuple):
-    """Give layer `layer` the form `form`."""
+    """Give layer `layer` the form `form` (a form's name, or `form@window`)."""
 
     layer: int
     form: str
@@ -37,13 +41,20 @@ def apply(layout: Layout, changes: Iterable[Candidate]) -> Layout:
 
 
 class LayoutScorer(Protocol):
-    """Scores layouts and remembers. `spent_*`: of all trials this object returned, remembered ones included."""
+    """Scores layouts and remembers. `spent_*`: of all trials this object returned, remembered ones included.
+
+    parts: how many equal, stratified parts the items of a split are dealt into (1: they cannot be dealt). A score of
+    the first k parts costs k/parts of a whole one, and what was computed for a part is not computed again for more.
+    """
 
     @property
     def layers(self) -> int: ...
 
     @property
     def candidates(self) -> Sequence[Candidate]: ...
+
+    @property
+    def parts(self) -> int: ...
 
     @property
     def spent_seconds(self) -> float: ...
@@ -54,9 +65,19 @@ class LayoutScorer(Protocol):
     @property
     def spent_layer_forwards(self) -> int: ...
 
-    def score(self, layout: Layout, split: Split = "search") -> LayoutScore: ...
+    def score(self, layout: Layout, split: Split = "search", parts: int | None = None) -> LayoutScore:
+        """Scores of all tasks on the items of the first `parts` parts; None: on all items."""
+        ...
+
+    def score_many(
+        self, layouts: Sequence[Layout], split: Split = "search", parts: int | None = None
+    ) -> list[LayoutScore]:
+        """`score` of each, in order; layouts that share their first layers run these once."""
+        ...
 
     def screen(self, layout: Layout) -> Screening: ...
+
+    def screen_many(self, layouts: Sequence[Layout]) -> list[Screening]: ...
 
     def decide(self, layout: Layout, status: Status, split: Split = "search") -> None:
         """Note in the ledger what became of a scored layout."""
@@ -64,11 +85,15 @@ class LayoutScorer(Protocol):
 
 
 class Cost(Protocol):
-    """Throughput of layouts over the backbone's: predicted for looking ahead, or good enough to decide on."""
+    """Performance of layouts on the target's engine and workload. It need not be a sum over layers."""
 
-    def predicted_speedup(self, layout: Layout) -> float: ...
+    def predicted(self, layout: Layout) -> Performance:
+        """By a model, trusted or not: for looking ahead over many layouts."""
+        ...
 
-    def speedup(self, layout: Layout) -> float: ...
+    def performance(self, layout: Layout) -> Performance:
+        """What decisions rest on: the model where it is trusted, else a measurement."""
+        ...
 
 
 class OutOfBudget(Exception):
@@ -86,8 +111,8 @@ class Limits:
 class Problem:
     """One search: candidates, judged layouts (`visits`, in order), the committed path, and the steps taken.
 
-    `path` starts with the backbone and grows by `commit`. Raises `OutOfBudget` from `visit` and `screen` when a limit
-    is reached; `strategies.run` catches it.
+    `path` starts with the backbone and grows by `commit`. Raises `OutOfBudget` from everything that scores or screens
+    when a limit is reached; `strategies.run` catches it.
     """
 
     def __init__(
@@ -99,16 +124,17 @@ class Problem:
         name: str,
         limits: Limits | None = None,
         progress: Progress | None = None,
+        confidence: float = 0.95,
     ) -> None:
-        self.scorer, self.cost, self.objective = scorer, cost, objective
+        self.scorer, self.cost, self.objective, self.confidence = scorer, cost, objective, confidence
         self.ledger, self.name, self.limits, self.progress = ledger, name, limits or Limits(), progress
         self.steps: list[dict[str, Any]] = []
         self.visits: dict[Layout, Visit] = {}
         self.expected = 0
         self._done = 0
         self.base_score = scorer.score(full(scorer.layers))
-        score = self.base_score
-        base = Visit(score.layout, score.combined, score.margin, Loss.none(score), speedup=1.0, passes=True)
+        score, none = self.base_score, Loss.none(self.base_score, confidence)
+        base = Visit(score.layout, score.combined, score.margin, none, cost.performance(score.layout), passes=True)
         self.visits[base.layout] = base
         self.path: list[Visit] = [base]
         self.record("base", score=base.score)
@@ -119,41 +145,52 @@ class Problem:
         return self.path[-1]
 
     @property
-    def room(self) -> int:
-        """How many more layers may be replaced. One layer always keeps full attention: engines count tokens by it."""
+    def most(self) -> int:
+        """How many layers may be replaced. One always keeps full attention: engines count a sequence's tokens by it."""
         most = self.scorer.layers - 1
-        if self.objective.max_replaced is not None:
-            most = min(most, self.objective.max_replaced)
-        return most - self.committed.replaced
+        return most if self.objective.max_replaced is None else min(most, self.objective.max_replaced)
+
+    @property
+    def room(self) -> int:
+        """How many more layers may be replaced."""
+        return self.most - self.committed.replaced
 
     def visit(self, layout: Layout, message: str = "") -> Visit:
-        """Score a layout on the search split, item by item against the backbone, and judge it."""
-        if layout not in self.visits:
-            self._check_limits()
-            self.report(message or "scoring")
-            score = self.scorer.score(layout)
-            loss = Loss.between(self.base_score, score)
-            self.visits[layout] = Visit(
-                layout, score.combined, score.margin, loss, self.cost.speedup(layout), self.objective.passes(loss)
-            )
-        return self.visits[layout]
+        """Score a layout on the whole search split, item by item against the backbone, and judge it."""
+        return self.visit_many([layout], message)[0]
 
-    def screen(self, layout: Layout, message: str = "") -> Screening:
-        """Cheap scores of a layout, for ranking."""
-        self._check_limits()
-        self.report(message or "screening")
-        return self.scorer.screen(layout)
+    def visit_many(self, layouts: Sequence[Layout], message: str = "") -> list[Visit]:
+        """`visit` of each, in order; the scorer may run them together."""
+        missing = [layout for layout in dict.fromkeys(layouts) if layout not in self.visits]
+        for group in self._batches(missing, message or "scoring"):
+            for score in self.scorer.score_many(group):
+                self.visits[score.layout] = self._judge(score)
+        return [self.visits[layout] for layout in layouts]
 
-    def commit(self, visit: Visit, changes: Sequence[Candidate]) -> None:
+    def look_many(self, layouts: Sequence[Layout], parts: int | None, message: str = "") -> list[LayoutScore]:
+        """Scores on the first `parts` parts of the search split (None: on all of it); nothing is judged."""
+        scores: list[LayoutScore] = []
+        for group in self._batches(layouts, message or "scoring a part"):
+            scores += self.scorer.score_many(group, parts=parts)
+        return scores
+
+    def screen_many(self, layouts: Sequence[Layout], message: str = "") -> list[Screening]:
+        """Cheap scores of layouts, in order, for ranking."""
+        screenings: list[Screening] = []
+        for group in self._batches(layouts, message or "screening"):
+            screenings += self.scorer.screen_many(group)
+        return screenings
+
+    def commit(self, visit: Visit, changes: Sequence[Candidate], **more: Any) -> None:
         """Go on from this layout."""
         self.path.append(visit)
         self.scorer.decide(visit.layout, "committed")
-        self.record("commit", visit, changes)
+        self.record("commit", visit, changes, **more)
 
-    def reject(self, visit: Visit, changes: Sequence[Candidate]) -> None:
+    def reject(self, visit: Visit, changes: Sequence[Candidate], **more: Any) -> None:
         """Note that this layout was tried and is not gone on from."""
         self.scorer.decide(visit.layout, "rejected")
-        self.record("reject", visit, changes)
+        self.record("reject", visit, changes, **more)
 
     def record(self, action: str, visit: Visit | None = None, changes: Sequence[Candidate] = (), **more: Any) -> None:
         """Append a step to the record, in memory and in the ledger."""
@@ -166,15 +203,33 @@ class Problem:
         self.ledger.record_step(self.name, len(self.steps), step)
         self.steps.append(step)
 
-    def _check_limits(self) -> None:
+    def report(self, message: str, count: int = 1) -> None:
+        """Tell what is being done now (`count` units of work), and that everything before it is finished."""
+        if self.progress is not None:
+            self.progress(self._done, max(self.expected, self._done + count), message)
+        self._done += count
+
+    def _judge(self, score: LayoutScore) -> Visit:
+        loss = Loss.between(self.base_score, score, self.confidence)
+        performance, passes = self.cost.performance(score.layout), self.objective.passes(loss)
+        return Visit(score.layout, score.combined, score.margin, loss, performance, passes)
+
+    def _batches(self, layouts: Sequence[Layout], message: str) -> Iterator[Sequence[Layout]]:
+        """Layouts in groups, each after a look at the limits and a report."""
+        start = 0
+        while start < len(layouts):
+            group = layouts[start : start + min(TOGETHER, self._trials_left())]
+            self.report(message, len(group))
+            yield group
+            start += len(group)
+
+    def _trials_left(self) -> int:
+        """At least 1. Raises `OutOfBudget` if there is none."""
         most, minutes = self.limits.max_trials, self.limits.minutes
-        if most is not None and self.scorer.spent_trials >= most:
-            raise OutOfBudget(f"{most} trials are used up")
         if minutes is not None and self.scorer.spent_seconds >= 60 * minutes:
             raise OutOfBudget(f"{minutes:g} minutes are used up")
-
-    def report(self, message: str) -> None:
-        """Tell what is being done now, and that everything before it is finished."""
-        if self.progress is not None:
-            self.progress(self._done, max(self.expected, self._done + 1), message)
-        self._done += 1
+        if most is None:
+            return TOGETHER
+        if self.scorer.spent_trials >= most:
+            raise OutOfBudget(f"{most} trials are used up")
+        return most - self.scorer.spent_trials

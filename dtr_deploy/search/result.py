@@ -8,8 +8,10 @@ from typing import Any
 
 from dtr_deploy.hybrid.layout import Layout, replaced
 from dtr_deploy.search.objective import Visit
+from dtr_deploy.search.shrinkage import Shrinkage
 from dtr_deploy.search.statistics import Interval
 from dtr_deploy.throughput.measure import Comparison
+from dtr_deploy.throughput.performance import Performance
 
 
 @dataclass(frozen=True)
@@ -37,18 +39,24 @@ class SplitScores:
 class SearchResult:
     """The chosen layout with the evidence for it.
 
-    scores: split -> scores, for "search" and "confirm". measured: backbone and hybrid on the target engine, for the
-    recipe's workload; None if the backbone itself was chosen. frontier: layouts visited that no other beats in both
-    score and speedup, slowest first. m_best: the best-scoring layout of the committed path; m_opt: the one with most
-    layers replaced within the score's bounds (the two results of arXiv 2601.11667); None if no layer was replaced.
-    walked_back: layouts that were chosen first and failed on the confirm split. trials, layer_forwards, seconds: of
-    scoring and screening, those remembered from an interrupted run included; seconds do not include throughput.
+    scores: split -> scores, for "search", "confirm" and "test" (the last was looked at once, and decided nothing).
+    measured: backbone and hybrid on the target engine, for the recipe's workload; None if the backbone itself was
+    chosen. performance: of the layout, its times as measured. missed: a phrase for each target that was not reached.
+    shrinkage: by how much the loss of the layout chosen on the search split was expected to rise on new items, and did.
+    frontier: layouts visited that no other beats in both score and speedup, slowest first. m_best: the best-scoring
+    layout of the committed path; m_opt: the one with most layers replaced within the score's bounds (the two results of
+    arXiv 2601.11667); None if no layer was replaced. walked_back: layouts that failed on the confirm split. trials,
+    layer_forwards, seconds: of scoring and screening, those remembered from an interrupted run included; seconds do not
+    include throughput.
     """
 
     layout: Layout
     strategy: str
     scores: Mapping[str, SplitScores]
     measured: Comparison | None
+    performance: Performance
+    missed: list[str]
+    shrinkage: Shrinkage
     frontier: list[Visit]
     m_best: Visit | None
     m_opt: Visit | None
@@ -77,6 +85,9 @@ class SearchResult:
             "scores": {split: scores.to_dict() for split, scores in self.scores.items()},
             "speedup": self.speedup,
             "measured": None if self.measured is None else self.measured.to_dict(),
+            "performance": self.performance.to_dict(),
+            "missed": self.missed,
+            "shrinkage": self.shrinkage.to_dict(),
             "frontier": [visit.to_dict() for visit in self.frontier],
             "m_best": None if self.m_best is None else self.m_best.to_dict(),
             "m_opt": None if self.m_opt is None else self.m_opt.to_dict(),

@@ -11,8 +11,21 @@ from dtr_deploy.tasks.base import Task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SYNTHETIC = ("needle",)
+    from dtr_deploy.tasks.haystack import Haystack
+
+SYNTHETIC = ("needle", "multi_key", "variable_tracking")
 KINDS = ("file", "synthetic", "lm_eval")
+
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "file": ("shots", "items", "metric"),
+    "many_shot": ("lengths", "items", "metric"),
+    "needle": ("lengths", "items", "filler"),
+    "multi_key": ("lengths", "items", "filler", "keys"),
+    "variable_tracking": ("lengths", "items", "filler", "keys", "hops"),
+    "lm_eval": ("items", "metric", "shots"),
+}
+"""What each kind of task takes besides name and weight. A `file` with `lengths` is a many-shot task."""
+OPTION_KEYS = ("shots", "metric", "lengths", "items", "filler", "keys", "hops")
 
 
 def build_tasks(
@@ -20,10 +33,9 @@ def build_tasks(
 ) -> list[Task]:
     """One task a recipe entry, in order.
 
-    task_recipes: objects with `name` and exactly one of `file` (labelled rows), `synthetic` ("needle") and `lm_eval` (a
-        task name or the path of a task YAML); `weight`, and what that kind takes: file: shots, items, metric;
-        synthetic: lengths, items; lm_eval: shots, items, metric. An attribute that is missing or None is left at its
-        default; `shots: 0` leaves an lm-eval task at its own number of examples.
+    task_recipes: objects with `name` and exactly one of `file` (labelled rows), `synthetic` (one of `SYNTHETIC`) and
+        `lm_eval` (a task name or the path of a task YAML); `weight`, and what that kind takes (`OPTIONS`). An attribute
+        that is missing or None is left at its default; `shots: 0` leaves an lm-eval task at its own number of examples.
     max_length: the model's context in tokens, to which lm-eval prompts are cut on the left.
     Raises `UsageError` naming the task and the key.
     """
@@ -46,23 +58,50 @@ def _build(recipe: Any, tokenizer: PreTrainedTokenizerBase, seed: int, max_lengt
     common: dict[str, Any] = {"seed": seed, "weight": 1.0 if weight is None else float(weight)}
     if common["weight"] < 0:
         raise UsageError(f"task {name!r}: weight must be >= 0, got {weight}")
-    if given == ["file"]:
+    kind = kind_of(recipe)
+    if given == ["synthetic"] and kind not in SYNTHETIC:
+        raise UsageError(f"task {name!r}: synthetic: {kind!r} is not one of {', '.join(SYNTHETIC)}")
+    if unknown := unknown_options(recipe):
+        raise UsageError(f"task {name!r}: {unknown[0]}: not a key of {kind}; accepted are {', '.join(OPTIONS[kind])}")
+    options = {key: value for key in OPTIONS[kind] if (value := getattr(recipe, key, None)) is not None}
+    if kind in SYNTHETIC:
+        return synthetic_task(kind)(name, tokenizer, **common, **options)
+    if kind == "file":
         from dtr_deploy.tasks.local_file import LabelledFile
 
-        return LabelledFile(name, tokenizer, recipe.file, **common, **_options(recipe, "shots", "items", "metric"))
-    if given == ["synthetic"]:
-        from dtr_deploy.tasks.needle import Needle
+        return LabelledFile(name, tokenizer, recipe.file, **common, **options)
+    if kind == "many_shot":
+        from dtr_deploy.tasks.many_shot import ManyShot
 
-        if recipe.synthetic not in SYNTHETIC:
-            raise UsageError(f"task {name!r}: synthetic: {recipe.synthetic!r} is not one of {', '.join(SYNTHETIC)}")
-        return Needle(name, tokenizer, **common, **_options(recipe, "lengths", "items"))
+        return ManyShot(name, tokenizer, recipe.file, **common, **options)
     from dtr_deploy.tasks.lm_eval_task import LmEvalTask
 
-    options = _options(recipe, "items", "metric")
-    if shots := getattr(recipe, "shots", None):
-        options["shots"] = shots
+    if not options.get("shots", 1):
+        del options["shots"]
     return LmEvalTask(name, tokenizer, recipe.lm_eval, max_length=max_length, **common, **options)
 
 
-def _options(recipe: Any, *keys: str) -> dict[str, Any]:
-    return {key: value for key in keys if (value := getattr(recipe, key, None)) is not None}
+def kind_of(recipe: Any) -> str:
+    """The key of `OPTIONS` for a recipe entry with one of `KINDS`, or what `synthetic` says."""
+    if (synthetic := getattr(recipe, "synthetic", None)) is not None:
+        return str(synthetic)
+    if getattr(recipe, "file", None) is not None:
+        return "file" if getattr(recipe, "lengths", None) is None else "many_shot"
+    return "lm_eval"
+
+
+def unknown_options(recipe: Any) -> list[str]:
+    """Keys that a recipe entry gives and its kind of task does not take."""
+    return [
+        key for key in OPTION_KEYS if getattr(recipe, key, None) is not None and key not in OPTIONS[kind_of(recipe)]
+    ]
+
+
+def synthetic_task(kind: str) -> type[Haystack]:
+    """The class of a synthetic task."""
+    from dtr_deploy.tasks.multi_key import MultiKey
+    from dtr_deploy.tasks.needle import Needle
+    from dtr_deploy.tasks.variable_tracking import VariableTracking
+
+    classes: dict[str, type[Haystack]] = {"needle": Needle, "multi_key": MultiKey}
+    return (classes | {"variable_tracking": VariableTracking})[kind]

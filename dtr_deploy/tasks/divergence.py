@@ -7,7 +7,7 @@ That adds one product with the output embedding a token and no forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,13 +74,16 @@ class Divergence:
 
     def read(self, hidden_per_batch: Iterable[Tensor], lm_head: Callable[[Tensor], Tensor]) -> DivergenceScore:
         """Score from final hidden states [B, T - 1, H] of each batch. Raises RuntimeError without a reference."""
+        hidden = zip(range(len(self._batches)), hidden_per_batch, strict=True)
+        return join([self.read_batch(number, state, lm_head) for number, state in hidden])
+
+    def read_batch(self, number: int, hidden: Tensor, lm_head: Callable[[Tensor], Tensor]) -> DivergenceScore:
+        """Score of the sequences of one batch alone; `join` puts them together."""
         if self._teacher is None or self._teacher_head is None:
             raise RuntimeError("Divergence.reference(backbone) must come first")
-        parts = [
-            _compare(batch, hidden, lm_head, teacher, self._teacher_head)
-            for batch, hidden, teacher in zip(self._batches, hidden_per_batch, self._teacher, strict=True)
-        ]
-        return DivergenceScore(np.concatenate([kl for kl, _ in parts]), np.concatenate([nll for _, nll in parts]))
+        return DivergenceScore(
+            *_compare(self._batches[number], hidden, lm_head, self._teacher[number], self._teacher_head)
+        )
 
     def score(self, model: Any, forward_hidden: ForwardHidden | None = None) -> DivergenceScore:
         """KL and negative log-likelihood of a Hugging Face causal language model."""
@@ -97,6 +100,11 @@ class Divergence:
     def fingerprint(self) -> str:
         """sha256 of the text (not of the teacher)."""
         return fingerprint(self._batches, "divergence")
+
+
+def join(scores: Sequence[DivergenceScore]) -> DivergenceScore:
+    """One score of the sequences of several, in order."""
+    return DivergenceScore(np.concatenate([s.kl for s in scores]), np.concatenate([s.nll for s in scores]))
 
 
 def _all_reads(token_ids: Tensor, first: int) -> ScoringBatch:

@@ -22,6 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from dtr_deploy.errors import UsageError
 from dtr_deploy.tasks.base import ForwardHidden
+from dtr_deploy.tasks.generation import Drafts, Stop, checked_tokens
 from dtr_deploy.tasks.requests import Request
 from dtr_deploy.tasks.scoring import BATCH_TOKENS, RequestScores, hidden_states, plan_batches, read_requests
 
@@ -77,7 +78,9 @@ class DtrLM(TemplateLM):
     """All three request kinds of lm-eval for a causal language model and its tokenizer.
 
     max_length: default the model's `max_position_embeddings`. forward_hidden: see `dtr_deploy.tasks.base`; used for
-    log-likelihoods in place of the model's own forward.
+    log-likelihoods in place of the model's own forward. drafts: what earlier models wrote after the same contexts; a
+    greedy answer that has one is checked in one pass instead of decoded token by token, and what this model writes
+    takes its place. The answers are the same.
     """
 
     def __init__(
@@ -88,8 +91,10 @@ class DtrLM(TemplateLM):
         max_length: int | None = None,
         batch_tokens: int = BATCH_TOKENS,
         forward_hidden: ForwardHidden | None = None,
+        drafts: Drafts | None = None,
     ) -> None:
         super().__init__()
+        self._drafts = drafts
         self.model = model
         self.tokenizer = tokenizer
         self._device = model.device
@@ -189,6 +194,23 @@ class DtrLM(TemplateLM):
             for key in ("temperature", "top_p", "top_k"):
                 options.pop(key, None)
         contexts = [context[-room:] for context in contexts]
+        if self._drafts is None or any(options.values()):  # settings beyond greedy decoding
+            rows = self._decode(contexts, new_tokens, stops, options)
+        else:
+            stop = Stop.of(self.model, self.tokenizer, stops, new_tokens)
+            rows = checked_tokens(self.model, contexts, stop, self._drafts, self._batch_tokens)
+        texts = []
+        for row in rows:
+            # A finished row is padded while the others go on; pad may be a printable token.
+            end = row.index(self.eot_token_id) if self.eot_token_id in row else len(row)
+            text = self.tokenizer.decode(row[:end], skip_special_tokens=True)
+            texts.append(postprocess_generated_text(text, stops, think_end_token=None))
+        return texts
+
+    def _decode(
+        self, contexts: list[list[int]], new_tokens: int, stops: list[str], options: dict[str, Any]
+    ) -> list[list[int]]:
+        """New tokens of each row, padded behind its end."""
         width = max(len(context) for context in contexts)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eot_token_id
         ids = torch.tensor([[pad] * (width - len(context)) + context for context in contexts])
@@ -202,10 +224,4 @@ class DtrLM(TemplateLM):
             tokenizer=self.tokenizer,
             **options,
         )
-        texts = []
-        for row in output[:, width:].tolist():
-            # A finished row is padded while the others go on; pad may be a printable token.
-            end = row.index(self.eot_token_id) if self.eot_token_id in row else len(row)
-            text = self.tokenizer.decode(row[:end], skip_special_tokens=True)
-            texts.append(postprocess_generated_text(text, stops, think_end_token=None))
-        return texts
+        return output[:, width:].tolist()

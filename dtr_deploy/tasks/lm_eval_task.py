@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dtr_deploy.errors import DtrError, UsageError
 from dtr_deploy.tasks.base import ForwardHidden, Split, TaskScore, check_split
+from dtr_deploy.tasks.generation import Drafts
 from dtr_deploy.tasks.request_task import RequestTask, log_softmax
 from dtr_deploy.tasks.requests import Request
 from dtr_deploy.tasks.scoring import BATCH_TOKENS, RequestScores, ScoringBatch, fingerprint
@@ -68,6 +69,7 @@ class LmEvalTask(RequestTask):
         self._documents: dict[str, list[tuple[str, int, Any]]] = {}
         self._instances: dict[str, list[list[Instance]]] = {}
         self._owners: dict[str, list[int]] = {}
+        self._drafts: Drafts = {}
         self.resumable = all(task.OUTPUT_TYPE != "generate_until" for task in self._tasks.values())
 
     def documents(self, split: Split) -> list[tuple[str, int, Any]]:
@@ -133,6 +135,17 @@ class LmEvalTask(RequestTask):
         ]
         return self._evaluate(split, responses, (log_probs / np.maximum(lengths, 1)).tolist())
 
+    def request_items(self, split: Split) -> np.ndarray:
+        """See `RequestTask`: a document's instances may have several requests each."""
+        self.requests(split)  # makes the owners
+        groups = self._split_instances(split)
+        document = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+        return document[np.array(self._owners[split])]
+
+    def item_strata(self, split: Split) -> Sequence[str]:
+        """The subtask of each document."""
+        return [name for name, _, _ in self.documents(split)]
+
     def batches(self, split: Split) -> list[ScoringBatch]:
         """See `Task.batches`. Raises `UsageError` for tasks that generate (`resumable` is False)."""
         self._require_resumable()
@@ -149,7 +162,9 @@ class LmEvalTask(RequestTask):
             return super().score(model, split, forward_hidden)
         from dtr_deploy.tasks.lm_eval_adapter import DtrLM
 
-        lm = DtrLM(model, self.tokenizer, max_length=self._max_length, forward_hidden=forward_hidden)
+        lm = DtrLM(
+            model, self.tokenizer, max_length=self._max_length, forward_hidden=forward_hidden, drafts=self._drafts
+        )
         flat = [instance for group in self._split_instances(split) for instance in group]
         responses: list[Any] = [None] * len(flat)
         for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,7 @@ class LabelledFile(RequestTask):
     Margin: log-probability of the right label among the labels, nats (a proper scoring rule: minus cross-entropy).
     path: a folder or a .jsonl file, see above. Search and confirm are disjoint halves of validation, each with the
     labels in the same proportions; `items` takes the first so many of a split, again in those proportions. The few-shot
-    examples are the same for all items.
+    examples are the same for all items. shots None takes all rows there are to take examples from.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class LabelledFile(RequestTask):
         tokenizer: PreTrainedTokenizerBase,
         path: str | Path,
         *,
-        shots: int = 0,
+        shots: int | None = 0,
         items: int | None = None,
         metric: str = "accuracy",
         seed: int = 0,
@@ -67,7 +68,7 @@ class LabelledFile(RequestTask):
         super().__init__(name, tokenizer, weight, batch_tokens)
         if metric not in METRICS:
             raise UsageError(f"task {name!r}: metric {metric!r} is not known for files; use {', '.join(METRICS)}")
-        if shots < 0 or (items is not None and items < 2):
+        if (shots is not None and shots < 0) or (items is not None and items < 2):
             raise UsageError(f"task {name!r}: shots must be >= 0 and items >= 2, got {shots} and {items}")
         self.path = Path(path)
         if not self.path.exists():
@@ -80,7 +81,7 @@ class LabelledFile(RequestTask):
         examples, self._rows = self._deal(shots)
         self.answers = self._read_answers()
         self.labels = sorted(self.answers)
-        self._preamble = self._few_shot(examples)
+        self._shots = self._written(examples)
 
     def rows(self, split: Split) -> list[Row]:
         """The rows of a split, in the order of its scores."""
@@ -88,46 +89,58 @@ class LabelledFile(RequestTask):
 
     def make_requests(self, split: Split) -> list[Request]:
         """Row-major: the labels of the first row, in sorted order, then of the next."""
-        return encode_pairs(
-            self.tokenizer,
-            [
-                (self._preamble + self._fill(row), self.answers[label])
-                for row in self.rows(split)
-                for label in self.labels
-            ],
-        )
+        return self._ask(self.rows(split), self._shots)
+
+    def accepts(self, split: Split, item: int, text: str) -> bool:
+        """Whether generated `text` begins with the words of item number `item`'s label."""
+        rows = self.rows(split)
+        answer = self.answers[self._label(rows[item % len(rows)])].strip()
+        return re.match(rf"{re.escape(answer)}(?!\w)", text.strip()) is not None
 
     def interpret(self, split: Split, scores: RequestScores) -> TaskScore:
         """See the class."""
-        by_label = scores.log_probs.reshape(-1, len(self.labels))
-        if self.metric == CALIBRATED:
-            by_label = by_label - by_label.mean(0)
-        right = np.array([self.labels.index(self._label(row)) for row in self.rows(split)])
-        margins = log_softmax(by_label)[np.arange(len(right)), right]
-        return TaskScore(self.name, split, (by_label.argmax(1) == right).astype(float), margins)
+        hits, margins = self._judge(self.rows(split), scores.log_probs.reshape(-1, len(self.labels)))
+        return TaskScore(self.name, split, hits, margins)
 
     def meaning(self, split: Split) -> list[str]:
         """The metric and the right labels."""
         return [self.metric, *(self._label(row) for row in self.rows(split))]
 
-    def _deal(self, shots: int) -> tuple[list[Row], dict[str, list[Row]]]:
-        """Few-shot examples, and the rows of each split."""
+    def _ask(self, rows: Sequence[Row], shots: Sequence[str]) -> list[Request]:
+        """Every label of every row, after the examples."""
+        preamble = "".join(shots)
+        pairs = [(preamble + self._fill(row), self.answers[label]) for row in rows for label in self.labels]
+        return encode_pairs(self.tokenizer, pairs)
+
+    def _judge(self, rows: Sequence[Row], by_label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Hits and margins [rows] of log-probabilities [rows, labels]."""
+        if self.metric == CALIBRATED:
+            by_label = by_label - by_label.mean(0)
+        right = np.array([self.labels.index(self._label(row)) for row in rows])
+        margins = log_softmax(by_label)[np.arange(len(right)), right]
+        return (by_label.argmax(1) == right).astype(float), margins
+
+    def _deal(self, shots: int | None) -> tuple[list[Row], dict[str, list[Row]]]:
+        """Few-shot examples, and the rows of each split. shots None: all rows of a folder's train.jsonl, or half of a
+        single file's."""
         if self.path.is_dir():
             source, least = self.path / "train.jsonl", shots
-            examples = self._balanced(_read_rows(source), "train")[:shots] if shots else []
+            examples = self._balanced(_read_rows(source), "train")[:shots] if shots != 0 else []
             halves = self._balanced(_read_rows(self.path / "validation.jsonl"), "validation", hands=2)
             test = self._balanced(_read_rows(self.path / "test.jsonl"), "test")
             splits = {"search": halves[0::2], "confirm": halves[1::2], "test": test}
         else:
-            source, least = self.path, shots + len(SPLITS)
+            source = self.path
             rows = self._balanced(_read_rows(source), "train")
+            shots = len(rows) // 2 if shots is None else shots
+            least = shots + len(SPLITS)
             examples, rest = rows[:shots], rows[shots:]
             thirds = self._balanced(rest, "rest", hands=3)
             splits = {"search": thirds[0::3], "confirm": thirds[1::3], "test": thirds[2::3]}
         for split, rows in splits.items():
             if not rows:
                 raise UsageError(f"task {self.name!r}: {self.path}: too few rows for the split {split}")
-        if len(examples) < shots:
+        if shots is not None and len(examples) < shots:
             raise UsageError(f"task {self.name!r}: shots: {source} must have {least} rows or more for {shots} shots")
         return examples, splits
 
@@ -153,12 +166,13 @@ class LabelledFile(RequestTask):
             raise UsageError(f"{self.prompt_path}: answers: no words for the label {unknown[0]!r}")
         return answers
 
-    def _few_shot(self, examples: list[Row]) -> str:
-        shuffled = random.Random(f"{self._rng_seed}/order").sample(examples, len(examples))
+    def _written(self, examples: Sequence[Row]) -> list[str]:
+        """Each example as it stands in a prompt, in a random order."""
+        shuffled = random.Random(f"{self._rng_seed}/order").sample(list(examples), len(examples))
         for row in shuffled:
             if self._label(row) not in self.answers:
                 raise UsageError(f"{self.path}: an example's label {self._label(row)!r} is in no other row")
-        return "".join(self._fill(row) + self.answers[self._label(row)] + self.prompt["separator"] for row in shuffled)
+        return [self._fill(row) + self.answers[self._label(row)] + self.prompt["separator"] for row in shuffled]
 
     def _fill(self, row: Row) -> str:
         try:

@@ -2,7 +2,7 @@
 
 - Requests whose inputs are equal, or a prefix of one another, share one row (the label words of a classification are
   read at one position of one row).
-- A prefix common to every row (few-shot examples) is run once, and its cache is repeated over the rows of each batch.
+- A prefix that rows have in common (few-shot examples) is run once, and its cache is repeated over the rows of a batch.
 - Rows are sorted by length and padded on the right, which a causal model cannot see.
 - The output embedding is applied at the positions that are read, not at every token.
 """
@@ -35,8 +35,9 @@ class ScoringBatch:
     """Rows of one forward pass, and where in them which token's log-probability is read.
 
     input_ids, attention_mask: int64 [B, T], padded on the right, mask 1 = token.
-    shared: number of leading columns that are equal in every row of every batch of the same plan (0 = none). A forward
-        may run them once; hidden states of the last T - shared columns are enough to read from.
+    shared: number of leading columns that are equal in every row (0 = none), and in the rows of those neighbouring
+        batches that have the same. A forward may run them once; hidden states of the last T - shared columns are enough
+        to read from.
     rows, positions, targets, requests: int64 [P]. Read p is log p(targets[p]) from the hidden state at
         [rows[p], positions[p]] and belongs to request requests[p].
     """
@@ -68,25 +69,52 @@ class RequestScores:
 def plan_batches(
     requests: Sequence[Request], pad_token_id: int, batch_tokens: int = BATCH_TOKENS
 ) -> list[ScoringBatch]:
-    """Batches that answer `requests`, longest rows first; deterministic. `pad_token_id` may be any valid token."""
+    """Batches that answer `requests`, longest rows first; deterministic. `pad_token_id` may be any valid token.
+
+    Rows that share most of what they read (the examples before them) are planned together, apart from others.
+    """
     sequences, row_of = _rows(requests)
-    first_read = min(len(request.context) - 1 for request in requests)
-    shared = min(_common_prefix(sequences), first_read)
-    shared = shared if shared >= MIN_SHARED and len(sequences) > 1 else 0
-
-    order = sorted(range(len(sequences)), key=lambda row: (-len(sequences[row]), row))
-    groups: list[list[int]] = []
-    for row in order:
-        width = len(sequences[groups[-1][0]]) - shared if groups else 0
-        if groups and (len(groups[-1]) + 1) * width <= batch_tokens:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-
     reads: dict[int, list[int]] = {}
     for index, row in enumerate(row_of):
         reads.setdefault(row, []).append(index)
-    return [_batch(group, sequences, reads, requests, shared, pad_token_id) for group in groups]
+    batches = []
+    for cluster in _clusters(sequences):
+        first_read = min(len(requests[index].context) - 1 for row in cluster for index in reads[row])
+        shared = min(_common_prefix([sequences[row] for row in cluster]), first_read)
+        shared = shared if shared >= MIN_SHARED and len(cluster) > 1 else 0
+        groups: list[list[int]] = []
+        for row in sorted(cluster, key=lambda row: (-len(sequences[row]), row)):
+            width = len(sequences[groups[-1][0]]) - shared if groups else 0
+            if groups and (len(groups[-1]) + 1) * width <= batch_tokens:
+                groups[-1].append(row)
+            else:
+                groups.append([row])
+        batches += [_batch(group, sequences, reads, requests, shared, pad_token_id) for group in groups]
+    return batches
+
+
+def _clusters(sequences: Sequence[tuple[int, ...]]) -> list[list[int]]:
+    """Rows to plan together: runs of rows whose common prefix is at least half of each, where that is longer than what
+    all rows share; and before them all others."""
+    overall = _common_prefix(sequences)
+    order = sorted(range(len(sequences)), key=lambda row: sequences[row])  # a long common prefix makes neighbours
+    rest: list[int] = []
+    clusters: list[list[int]] = []
+    run, shared, longest = order[:1], 0, len(sequences[order[0]])
+    for row in [*order[1:], None]:
+        common = 0 if row is None else _common_prefix([sequences[run[0]], sequences[row]])
+        common = common if len(run) == 1 else min(common, shared)
+        reach = longest if row is None else max(longest, len(sequences[row]))
+        if row is not None and common >= max(MIN_SHARED, reach / 2):
+            run, shared, longest = [*run, row], common, reach
+            continue
+        if len(run) > 1 and shared >= overall + MIN_SHARED:
+            clusters.append(run)
+        else:
+            rest += run
+        if row is not None:
+            run, shared, longest = [row], 0, len(sequences[row])
+    return [rest, *clusters] if rest else clusters
 
 
 def _rows(requests: Sequence[Request]) -> tuple[list[tuple[int, ...]], list[int]]:
@@ -134,52 +162,75 @@ def _batch(
     return ScoringBatch(input_ids, attention_mask, shared, *columns)
 
 
+class RequestReader:
+    """Scores of `count` requests, from the hidden states of one batch after another, in any order.
+
+    lm_head: hidden [P, H] -> logits [P, V]. Log-probabilities are computed in float32 and summed in float64.
+    """
+
+    def __init__(self, count: int, lm_head: Callable[[Tensor], Tensor]) -> None:
+        self._lm_head = lm_head
+        self._log_probs, self._lengths = np.zeros(count), np.zeros(count, dtype=np.int64)
+        self._greedy = np.ones(count, dtype=bool)
+        self._best: list[list[int]] = [[] for _ in range(count)]
+
+    def add(self, batch: ScoringBatch, hidden: Tensor) -> None:
+        """hidden: [B, T, H] or its last columns [B, T - shared, H], after the final norm."""
+        width = batch.input_ids.shape[1]
+        if hidden.shape[0] != batch.input_ids.shape[0] or hidden.shape[1] not in (width, width - batch.shared):
+            raise ValueError(
+                f"hidden states {tuple(hidden.shape)} do not fit a batch of {tuple(batch.input_ids.shape)}"
+            )
+        values, best = _read(batch, hidden, batch.positions - (width - hidden.shape[1]), self._lm_head)
+        owners = batch.requests.numpy()
+        np.add.at(self._log_probs, owners, values)
+        np.add.at(self._lengths, owners, 1)
+        np.logical_and.at(self._greedy, owners, best == batch.targets.numpy())
+        for owner, token in zip(owners.tolist(), best.tolist(), strict=True):
+            self._best[owner].append(token)
+
+    def scores(self) -> RequestScores:
+        """Once all batches were added. Raises ValueError if they do not answer every request."""
+        if (self._lengths == 0).any():
+            raise ValueError("the batches do not answer every request")
+        return RequestScores(self._log_probs, self._greedy, self._lengths)
+
+    def best_tokens(self) -> list[list[int]]:
+        """Of each request, the most likely token at each place of its continuation, given those before it there."""
+        return self._best
+
+
 def read_requests(
     batches: Sequence[ScoringBatch],
     hidden_per_batch: Iterable[Tensor],
     lm_head: Callable[[Tensor], Tensor],
     count: int,
 ) -> RequestScores:
-    """Scores of the `count` requests behind `batches`.
-
-    hidden_per_batch: one tensor a batch, [B, T, H] or its last columns [B, T - shared, H], after the final norm.
-    lm_head: hidden [P, H] -> logits [P, V]. Log-probabilities are computed in float32 and summed in float64.
-    """
-    log_probs, lengths = np.zeros(count), np.zeros(count, dtype=np.int64)
-    greedy = np.ones(count, dtype=bool)
+    """Scores of the `count` requests behind `batches`, from one tensor a batch: see `RequestReader`."""
+    reader = RequestReader(count, lm_head)
     for batch, hidden in zip(batches, hidden_per_batch, strict=True):
-        width = batch.input_ids.shape[1]
-        if hidden.shape[0] != batch.input_ids.shape[0] or hidden.shape[1] not in (width, width - batch.shared):
-            raise ValueError(
-                f"hidden states {tuple(hidden.shape)} do not fit a batch of {tuple(batch.input_ids.shape)}"
-            )
-        values, hits = _read(batch, hidden, batch.positions - (width - hidden.shape[1]), lm_head)
-        owners = batch.requests.numpy()
-        np.add.at(log_probs, owners, values)
-        np.add.at(lengths, owners, 1)
-        np.logical_and.at(greedy, owners, hits)
-    if (lengths == 0).any():
-        raise ValueError("the batches do not answer every request")
-    return RequestScores(log_probs, greedy, lengths)
+        reader.add(batch, hidden)
+    return reader.scores()
 
 
 @torch.no_grad()
 def _read(
     batch: ScoringBatch, hidden: Tensor, columns: Tensor, lm_head: Callable[[Tensor], Tensor]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probability (float64 [P]) and argmax hit (bool [P]) of each read; every place's logits are computed once."""
+    """Log-probability (float64 [P]) and most likely token (int64 [P]) of each read; every place's logits are computed
+    once."""
     flat, inverse = torch.unique(batch.rows * hidden.shape[1] + columns, return_inverse=True)
     states = hidden.reshape(-1, hidden.shape[-1])[flat.to(hidden.device)]
     values = np.empty(len(inverse))
-    hits = np.empty(len(inverse), dtype=bool)
+    tokens = np.empty(len(inverse), dtype=np.int64)
     for start in range(0, len(flat), _LOGIT_ROWS):
         logits = lm_head(states[start : start + _LOGIT_ROWS]).float()
         normaliser, best = logits.logsumexp(-1), logits.argmax(-1)
         here = ((inverse >= start) & (inverse < start + _LOGIT_ROWS)).nonzero()[:, 0]
         local, targets = (inverse[here] - start).to(logits.device), batch.targets[here].to(logits.device)
         values[here.numpy()] = (logits[local, targets] - normaliser[local]).double().cpu().numpy()
-        hits[here.numpy()] = (best[local] == targets).cpu().numpy()
-    return values, hits
+        tokens[here.numpy()] = best[local].cpu().numpy()
+    return values, tokens
 
 
 @torch.no_grad()

@@ -4,15 +4,16 @@ Time does not depend on weights nor, on the engines served, on which layers are 
 to the backbone measured in the same minutes, so that a machine that slows down between two measurements does not bend
 the curve. Per form, the ratio is a monotone piecewise-linear curve over the number of replaced layers; a layout with
 several forms takes the mean of their curves at its total count, weighted by its counts, which is exact where time is
-a sum over layers. What is not a sum (vLLM's cache groups, each of which costs a metadata build a step) enters as one
-more term, `seconds per group x groups(layout)`, whose coefficient is fitted along.
+a sum over layers. What is not a sum enters as one more term each, `cost x count(layout)`, whose coefficient is fitted
+along: vLLM's cache groups, each of which costs a metadata build a step, and layers whose state is smaller than the
+model's largest, which ONNX Runtime pads in every call.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from dtr_deploy.hybrid.layout import counts as form_counts
 
 GroupCount = Callable[[Layout], int]
 """Layout -> how many KV-cache groups the engine makes of it."""
+
+PaddedCount = Callable[[Layout], float]
+"""Layout -> how many of its layers have a state that is padded; 0 for layouts of one entry."""
 
 
 def layout_of_counts(num_layers: int, counts: Mapping[str, int]) -> Layout:
@@ -49,18 +53,27 @@ class CurvePoint:
 class CostModel:
     """Fitted curves. `predict` gives time ratios, `speedup` end-to-end tokens per second over the backbone's.
 
-    prefill_share: the part of the backbone's end-to-end time spent until the first token. group_cost: (prefill,
-    decode), time ratio per cache group above the backbone's.
+    base: the backbone's seconds, which the ratios are of. group_cost, padded_cost: (prefill, decode), time ratio per
+    cache group above the backbone's, and per padded layer.
     """
 
-    prefill_share: float
+    base: Throughput
     curves: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]  # form -> counts, prefill ratios, decode ratios
     group_cost: tuple[float, float] = (0.0, 0.0)
     groups: GroupCount | None = None
+    padded_cost: tuple[float, float] = (0.0, 0.0)
+    padded: PaddedCount | None = None
 
     @classmethod
-    def fit(cls, base: Throughput, points: Sequence[CurvePoint], groups: GroupCount | None = None) -> CostModel:
-        """Fit to points of one form each (others are ignored); the backbone is the point (1, 1) of every curve."""
+    def fit(
+        cls,
+        base: Throughput,
+        points: Sequence[CurvePoint],
+        groups: GroupCount | None = None,
+        padded: PaddedCount | None = None,
+    ) -> CostModel:
+        """Curves from points of one form each, the cost of padding from the others; the backbone is the point (1, 1)
+        of every curve."""
         single = [point for point in points if len(form_counts(point.layout)) == 1]
         if not single:
             raise ValueError("a cost model needs at least one measured layout besides the backbone")
@@ -77,8 +90,11 @@ class CostModel:
             counts = np.array(sorted(on_curve))
             medians = np.array([np.median(on_curve[count], axis=0) for count in counts])
             curves[form] = (counts, _monotone(medians[:, 0]), _monotone(medians[:, 1]))
-        total = base.prefill_seconds + base.decode_seconds
-        return cls(base.prefill_seconds / total, curves, group_cost, groups)
+        model = cls(base, curves, group_cost, groups)
+        mixed = [point for point in points if len(form_counts(point.layout)) > 1]
+        if padded is None or not mixed:
+            return model
+        return replace(model, padded_cost=_fit_padded_cost(model, mixed, padded), padded=padded)
 
     def predict(self, layout: Layout) -> tuple[float, float]:
         """(prefill, decode) time over the backbone's. Raises `KeyError` for a form that was not measured."""
@@ -93,12 +109,14 @@ class CostModel:
                 count / total * _interpolate(total, self.curves[form][0], self.curves[form][1 + part])
                 for form, count in counts.items()
             )
-            ratios.append(ratio + self.group_cost[part] * extra)
+            padded = self.padded(layout) if self.padded else 0.0
+            ratios.append(ratio + self.group_cost[part] * extra + self.padded_cost[part] * padded)
         return ratios[0], ratios[1]
 
     def speedup(self, layout: Layout) -> float:
         prefill, decode = self.predict(layout)
-        return 1.0 / (self.prefill_share * prefill + (1 - self.prefill_share) * decode)
+        before, after = self.base.prefill_seconds, self.base.decode_seconds
+        return (before + after) / (before * prefill + after * decode)
 
 
 def _spread(names: Sequence[str]) -> Callable[[str], float]:
@@ -157,3 +175,13 @@ def _fit_group_cost(points: Sequence[CurvePoint], groups: GroupCount) -> tuple[f
     ratios = np.array([[p.prefill - 1, p.decode - 1] for p in points])
     cost = np.linalg.lstsq(rows, ratios, rcond=None)[0][-1]
     return max(float(cost[0]), 0.0), max(float(cost[1]), 0.0)
+
+
+def _fit_padded_cost(model: CostModel, points: Sequence[CurvePoint], padded: PaddedCount) -> tuple[float, float]:
+    """Least squares of what the model misses at these points against their padded layers; never negative."""
+    counts = np.array([padded(point.layout) for point in points], dtype=np.float64)
+    if not counts.any():
+        return 0.0, 0.0
+    missed = np.array([np.subtract((point.prefill, point.decode), model.predict(point.layout)) for point in points])
+    prefill, decode = np.maximum(counts @ missed / (counts @ counts), 0.0)
+    return float(prefill), float(decode)

@@ -93,6 +93,52 @@ def test_runs_only_what_changed(stride, layers_run):
     assert ran == layers_run
 
 
+@pytest.mark.parametrize("shared", [0, 50])
+@pytest.mark.parametrize(("stride", "together"), [(0, 16), (1, 16), (2, 3)])
+def test_many_layouts_equal_each_alone(shared, stride, together, monkeypatch):
+    monkeypatch.setattr("dtr_deploy.search.forward.LAYOUTS_AT_ONCE", together)
+    backbone = tiny_backbone(layers=LAYERS)
+    batches = plan_batches(requests(shared), pad_token_id=0, batch_tokens=150)
+    pool = LayerPool(backbone, make_twins(backbone), WINDOW)
+    forward, alone = PrefixForward(pool, batches, stride), PrefixForward(pool, batches, 0)
+    for layouts in (LAYOUTS, LAYOUTS[4:], LAYOUTS[:2]):  # the second and third time something is kept
+        seen = {(index, number): hidden for index, number, hidden in forward.hidden_many(layouts)}
+        assert len(seen) == len(layouts) * len(batches)
+        for index, layout in enumerate(layouts):
+            for number, theirs in enumerate(alone.hidden(layout)):
+                real = batches[number].attention_mask[:, batches[number].shared :].bool()
+                torch.testing.assert_close(seen[index, number][real], theirs[real], **TOLERANCE)
+
+
+def test_what_layouts_share_is_run_once():
+    backbone = tiny_backbone(layers=LAYERS)
+    batches = plan_batches([Request((5, 6, 7), (8,)), Request((9, 6, 7), (8,))], pad_token_id=0)
+    forward = PrefixForward(LayerPool(backbone, make_twins(backbone), WINDOW), batches, 0)
+    swaps = [tuple("gla" if layer == swapped else None for layer in range(LAYERS)) for swapped in range(LAYERS)]
+    list(forward.hidden_many(swaps))
+    # Layer l is run unswapped (if a swap is still to come), swapped, and once for each swap before it.
+    assert forward.layer_forwards == 2 * (sum(layer + 2 for layer in range(LAYERS - 1)) + LAYERS)
+    assert sum(forward.shares) == pytest.approx(forward.layer_forwards)
+    assert forward.shares[0] > forward.shares[-1]
+
+
+def test_rows_with_other_examples_share_what_they_have(monkeypatch):
+    """Two sets of few-shot examples in one plan: each set is run once, and no row is read with the wrong one."""
+    backbone = tiny_backbone(layers=LAYERS)
+    both = [*requests(300, seed=1), *requests(400, seed=2)]
+    batches = plan_batches(both, pad_token_id=0)
+    assert sorted({batch.shared for batch in batches}) == [300, 400]
+    layout = LAYOUTS[2]
+    twins = make_twins(backbone)
+    forward = PrefixForward(LayerPool(backbone, twins, WINDOW), batches, 1)
+    expected = list(hidden_states(make_hybrid(backbone, layout, WINDOW, twins), batches))
+    for _ in range(2):  # the second time from kept borders
+        for batch, ours, theirs in zip(batches, forward.hidden(layout), expected, strict=True):
+            real = batch.attention_mask[:, batch.shared :].bool()
+            torch.testing.assert_close(ours[real], theirs[real], **TOLERANCE)
+    assert forward.layer_forwards == (LAYERS + 1) * (len(both) + 2)
+
+
 def test_an_abandoned_run_leaves_nothing_wrong_behind():
     backbone = tiny_backbone(layers=LAYERS)
     batches = plan_batches(requests(0), pad_token_id=0, batch_tokens=150)
@@ -133,6 +179,6 @@ def test_a_layout_without_twin_is_refused():
     del twins[3, "gla"]
     pool = LayerPool(backbone, twins, WINDOW)
     with pytest.raises(UsageError, match="layer 3, form 'gla'"):
-        pool.choose((None, None, None, "gla", None))
+        pool.check((None, None, None, "gla", None))
     with pytest.raises(UsageError, match="4 entries"):
-        pool.choose((None,) * 4)
+        pool.check((None,) * 4)

@@ -74,6 +74,17 @@ def test_status_and_listing(tmp_path):
         assert [trial.scalars["n"] for trial in ledger.trials(kind="score")] == [3]
 
 
+def test_the_summary_adds_up_each_kind():
+    with Ledger(":memory:") as ledger:
+        ledger.record(KEY, TrialResult({}, {}, 10), 0.5)
+        ledger.record(KEY._replace(inputs="b"), TrialResult({}, {}, 5), 0.25)
+        ledger.record(KEY._replace(kind="screen"), TrialResult({}, {}, 1), 1.0)
+        assert ledger.summary() == {
+            "score": {"trials": 2, "layer_forwards": 15, "seconds": 0.75},
+            "screen": {"trials": 1, "layer_forwards": 1, "seconds": 1.0},
+        }
+
+
 def test_steps_written_again_keep_the_path_and_a_new_path_replaces_the_old():
     with Ledger(":memory:") as ledger:
         for number, action in enumerate("abc"):

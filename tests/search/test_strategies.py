@@ -3,23 +3,26 @@
 import itertools
 import random
 
+import numpy as np
 import pytest
 
 from dtr_deploy.errors import UsageError
 from dtr_deploy.hybrid.layout import full, replaced
 from dtr_deploy.search.ledger import Ledger
 from dtr_deploy.search.objective import Objective
-from dtr_deploy.search.problem import Limits, Problem
-from dtr_deploy.search.scorer import Scorer
+from dtr_deploy.search.problem import Candidate, Limits, Problem, apply
 from dtr_deploy.search.strategies import STRATEGIES, Exhaustive, OneShot, Racing, make_strategy, run
-from tests.search.synthetic import LinearCost, PlantedEvaluator
+from dtr_deploy.search.strategies.exchange import exchange
+from dtr_deploy.search.strategies.ranking import gains
+from dtr_deploy.search.targets import Targets
+from tests.search.synthetic import LinearCost, NoisyEvaluator, PlantedEvaluator, SyntheticScorer
 
 FLOOR = Objective(max_score_loss=0.02)
 
 
 def problem_of(evaluator, objective=FLOOR, cost=None, limits=None) -> Problem:
     ledger = Ledger(":memory:")
-    return Problem(Scorer(evaluator, ledger), cost or LinearCost(), objective, ledger, "test", limits)
+    return Problem(SyntheticScorer(evaluator, ledger), cost or LinearCost(), objective, ledger, "test", limits)
 
 
 def solve(strategy, evaluator, objective=FLOOR, cost=None) -> Problem:
@@ -92,12 +95,9 @@ def test_racing_finds_the_planted_layout_with_few_trials():
     floor = Objective(max_score_loss=0.03)
     problem = solve(Racing(), evaluator, floor)
     assert floor.choose(list(problem.visits.values())).layout == best
-    scorings = sum(kind == "score" for kind, _, _ in evaluator.calls)
-    screenings = sum(kind == "screen" for kind, _, _ in evaluator.calls)
-    assert scorings <= 16 and screenings <= 31 + 5
-    exhaustive, _ = planted()
-    solve(Exhaustive(), exhaustive, floor)
-    assert len(evaluator.calls) * 6 < len(exhaustive.calls)
+    evaluator, _ = planted()
+    exhaustive = solve(Exhaustive(), evaluator, floor)
+    assert problem.scorer.spent_layer_forwards < 0.15 * exhaustive.scorer.spent_layer_forwards
 
 
 def test_racing_finds_it_when_screening_misleads():
@@ -166,7 +166,7 @@ def test_goes_on_over_a_hump():
 
 def test_goal_score_replaces_no_more_than_the_speedup_takes():
     evaluator, _ = planted()
-    objective = Objective(speedup=1.25, max_score_loss=0.03, goal="score")
+    objective = Objective(Targets(speedup=1.25), max_score_loss=0.03, goal="score")
     problem = solve(Racing(), evaluator, objective)  # 1 / (1 - 0.02 n) >= 1.25 from n = 10
     assert problem.committed.replaced == 10
 
@@ -218,9 +218,9 @@ def test_baselines_commit_a_longest_prefix_within_the_floor(name):
 def test_baseline_goal_score_takes_the_shortest_fast_prefix_and_looks_once():
     harm = {(layer, "gla"): (1, 1) for layer in range(16)}
     evaluator = PlantedEvaluator(16, harm)
-    problem = solve(OneShot(), evaluator, Objective(speedup=1.1, goal="score"))
+    problem = solve(OneShot(), evaluator, Objective(Targets(speedup=1.1), goal="score"))
     assert problem.committed.replaced == 5  # 1 / (1 - 0.02 n) >= 1.1 from n = 5
-    assert sum(kind == "score" for kind, _, _ in evaluator.calls) == 2
+    assert len({layout for kind, layout, _ in problem.scorer.calls if kind == "score"}) == 2
 
 
 def test_uniform_spreads_every_prefix():
@@ -231,10 +231,11 @@ def test_uniform_spreads_every_prefix():
 
 def test_limits_end_the_search_with_what_it_has():
     evaluator, _ = planted()
-    problem = problem_of(evaluator, limits=Limits(max_trials=40))
+    problem = problem_of(evaluator, limits=Limits(max_trials=120))
     run(Racing(), problem)
     assert problem.steps[-1]["action"] == "out_of_budget"
-    assert problem.scorer.spent_trials == 40
+    # A layout's last parts are scored together: at most that many trials more.
+    assert 120 <= problem.scorer.spent_trials < 120 + problem.scorer.parts
     assert problem.committed.replaced > 0
 
 
@@ -253,10 +254,16 @@ def test_progress_counts_up_to_its_total():
     seen = []
     ledger = Ledger(":memory:")
     problem = Problem(
-        Scorer(evaluator, ledger), LinearCost(), FLOOR, ledger, "test", progress=lambda *report: seen.append(report)
+        SyntheticScorer(evaluator, ledger),
+        LinearCost(),
+        FLOOR,
+        ledger,
+        "test",
+        progress=lambda *report: seen.append(report),
     )
     run(Racing(), problem)
-    assert [done for done, _, _ in seen] == list(range(len(seen)))
+    counts = [done for done, _, _ in seen]
+    assert counts == sorted(set(counts)) and counts[0] == 0
     assert all(done < total for done, total, _ in seen)
     assert all(message for _, _, message in seen)
 
@@ -269,3 +276,111 @@ def test_unknown_strategy():
 def test_base_is_the_start_of_every_path():
     evaluator, _ = planted()
     assert solve(Racing(), evaluator).path[0].layout == full(30)
+
+
+# --- what the racing default promises
+
+
+def frontier_scores(problem: Problem, evaluator: NoisyEvaluator, speedups) -> np.ndarray:
+    """True scores of the layouts that the search itself would pick at each speedup (by its own noisy score)."""
+    picked = [
+        max((v for v in problem.visits.values() if v.speedup >= speedup - 1e-9), key=lambda v: (v.score, v.margin))
+        for speedup in speedups
+    ]
+    return np.array([evaluator.true_score(visit.layout) for visit in picked])
+
+
+@pytest.mark.parametrize(("seed", "settings"), [(0, {}), (1, {"interaction": 0.0}), (2, {"screen_error": 0.8})])
+def test_racing_finds_the_frontier_at_a_fraction_of_the_cost(seed, settings):
+    """30 layers, two forms, 128 noisy items, harms that add and interact: the paper's greedy scores 928 layouts."""
+    evaluator = NoisyEvaluator(seed, **settings)
+    objective = Objective(goal="frontier")
+    cost = LinearCost(ratio=lambda layout: 1 - 0.015 * layout.count("gated_deltanet") - 0.016 * layout.count("gla"))
+    racing = solve(Racing(), evaluator, objective, cost)
+    exhaustive = solve(Exhaustive(), evaluator, objective, cost)
+    one_shot = solve(OneShot(), evaluator, objective, cost)
+    assert racing.scorer.spent_layer_forwards <= 0.15 * exhaustive.scorer.spent_layer_forwards
+    speedups = [1 / (1 - 0.015 * count) for count in range(2, 28)]
+    ours, paper, ranked = (frontier_scores(p, evaluator, speedups) for p in (racing, exhaustive, one_shot))
+    # A score on 128 items has a standard error of 0.03 to 0.04 where curves are steep; of a mean over levels, less.
+    assert (ours - paper).mean() > -0.02 and (ours - paper).min() > -0.09
+    assert (ours - paper).mean() > (ranked - paper).mean()
+    replaced_counts = sorted({visit.replaced for visit in racing.visits.values()})
+    assert replaced_counts[-1] == 29 and max(np.diff(replaced_counts)) <= 2
+
+
+@pytest.mark.parametrize("name", ["one_shot", "uniform", "random"])
+def test_baselines_trace_a_frontier_of_prefixes(name):
+    harm = {(layer, "gla"): (layer * 20, 0) for layer in range(12)}
+    problem = solve(make_strategy(name), PlantedEvaluator(12, harm), Objective(goal="frontier"))
+    assert [visit.replaced for visit in problem.path] == [0, 3, 6, 9, 11]
+    for before, after in itertools.pairwise(problem.path):
+        assert all(new == old for old, new in zip(before.layout, after.layout, strict=True) if old is not None)
+
+
+def test_a_layer_that_turned_out_bad_is_exchanged():
+    """Layers 0 and 3 are harmless alone and ruinous together; the path has both, and leaves out 6 and 7."""
+    harm = {(layer, "gla"): (2, 2) for layer in range(8)}
+    evaluator = PlantedEvaluator(8, harm, interaction=lambda layout: 15 if layout[0] and layout[3] else 0)
+    problem = problem_of(evaluator, Objective(max_score_loss=0.05))
+    changes = [Candidate(layer, "gla") for layer in range(6)]
+    problem.commit(problem.visit(apply(full(8), changes)), changes)
+    exchange(problem, gains(problem), exchanges=3, divergence_weight=1.0)
+    assert problem.committed.replaced == 6 and problem.committed.loss.combined == pytest.approx(0.012)
+    assert not (problem.committed.layout[0] and problem.committed.layout[3])
+
+
+def test_nothing_is_exchanged_for_a_score_that_is_better_by_chance_only():
+    harm = {(layer, "gla"): (2, 2) for layer in range(6)} | {(6, "gla"): (1, 1), (7, "gla"): (1, 2)}
+    problem = problem_of(PlantedEvaluator(8, harm), Objective(max_score_loss=0.05))
+    changes = [Candidate(layer, "gla") for layer in range(6)]
+    problem.commit(problem.visit(apply(full(8), changes)), changes)
+    exchange(problem, gains(problem), exchanges=3, divergence_weight=1.0)
+    assert len(problem.path) == 2
+
+
+def test_windows_of_a_form_are_candidates_of_their_own():
+    """A wider window costs less score and more time: each layer gets the cheap one unless it hurts there."""
+    wide = "gated_deltanet@256"
+    harm = {(layer, "gated_deltanet"): (60, 60) if layer in (2, 5) else (1, 1) for layer in range(8)}
+    harm |= {(layer, wide): (1, 1) for layer in range(8)}
+    cost = LinearCost(ratio=lambda layout: 1 - 0.02 * layout.count("gated_deltanet") - 0.015 * layout.count(wide))
+    problem = solve(Racing(), PlantedEvaluator(8, harm), cost=cost)
+    layout = FLOOR.choose(list(problem.visits.values())).layout
+    assert layout.count(None) == 1 and "gated_deltanet" not in (layout[2], layout[5])
+    assert layout.count("gated_deltanet") >= 5
+
+
+def test_gains_follow_costs_that_differ_by_layer():
+    evaluator = PlantedEvaluator(6, {(layer, "gla"): (0, 0) for layer in range(6)})
+    savings = [0.01, 0.02, 0.03, 0.01, 0.02, 0.03]
+    cost = LinearCost(ratio=lambda layout: 1 - sum(s for s, form in zip(savings, layout, strict=True) if form))
+    gain = gains(problem_of(evaluator, cost=cost))
+    assert [gain[Candidate(layer, "gla")] / gain[Candidate(2, "gla")] for layer in range(6)] == pytest.approx(
+        [s / 0.03 for s in savings], rel=0.15
+    )  # not exact: the share is that of all layers but one
+
+
+def test_gains_see_through_a_hump():
+    """Costs that are no sum: the first replacements are slower than none, and yet every layer is worth the same."""
+    evaluator = PlantedEvaluator(10, {(layer, "gla"): (0, 0) for layer in range(10)})
+    cost = LinearCost(ratio=lambda layout: 1 + (0.2 if 0 < replaced(layout) < 4 else 0.0) - 0.02 * replaced(layout))
+    assert set(gains(problem_of(evaluator, cost=cost)).values()) == {1.0}
+
+
+def test_goal_score_reaches_a_time_to_first_token_and_no_more():
+    harm = {(layer, "gla"): (1, 1) for layer in range(16)}
+    targets = Targets(first_token_seconds=1.7, cache_bytes=120 << 20)  # 2.0 (1 - 0.02 n) from n = 8; 10 MiB a layer
+    problem = solve(Racing(), PlantedEvaluator(16, harm), Objective(targets, max_score_loss=0.05, goal="score"))
+    assert problem.committed.replaced == 8
+
+
+def test_the_upper_bound_of_the_loss_allows_less():
+    rng = np.random.default_rng(3)
+    harm = {(layer, "gla"): (int(rng.integers(0, 3)), int(rng.integers(0, 3))) for layer in range(16)}
+    estimate, upper = (
+        solve(Racing(), PlantedEvaluator(16, harm, items=200), Objective(max_score_loss=0.04, bound=bound))
+        for bound in ("estimate", "upper")
+    )
+    assert upper.committed.replaced < estimate.committed.replaced
+    assert upper.committed.loss.combined < upper.committed.loss.upper <= 0.04

@@ -113,6 +113,17 @@ def test_generation_equals_lm_evals_own(make: Any) -> None:
     assert ours == theirs and any(ours)
 
 
+def test_drafts_of_another_model_change_no_text() -> None:
+    drafts: dict[tuple[int, ...], tuple[int, ...]] = {}
+    contexts = ["cat dog", "a longer context of words", "owl"]
+    requests = instances("generate_until", [(text, {"until": ["e"], "max_gen_toks": 9}) for text in contexts])
+    for model in (tiny_backbone(), tiny_backbone(), tiny_hybrid(), tiny_backbone(seed=1)):
+        ours = DtrLM(model, tiny_tokenizer(), drafts=drafts).generate_until(requests)
+        theirs = [hflm(model).generate_until([request], disable_tqdm=True)[0] for request in requests]
+        assert ours == theirs
+        assert len(drafts) == len(contexts)
+
+
 @pytest.mark.parametrize("shots", [0, 2])
 def test_choices_equal_lm_evals_evaluator(tmp_path: Path, shots: int) -> None:
     path, model = write_task(tmp_path, "multiple_choice", CHOICE, shots=shots), tiny_backbone()

@@ -8,7 +8,8 @@ import torch
 
 from dtr_deploy.errors import UsageError
 from dtr_deploy.tasks.base import SPLITS
-from dtr_deploy.tasks.needle import FILLER, Needle, mean_by_length, mean_margin_by_length
+from dtr_deploy.tasks.haystack import FILLER, mean_by_length, mean_margin_by_length
+from dtr_deploy.tasks.needle import Needle
 from tests.tasks.reference import TOLERANCE, token_log_probs
 from tests.tiny import tiny_backbone, tiny_hybrid, tiny_tokenizer
 

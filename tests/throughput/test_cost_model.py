@@ -82,6 +82,27 @@ def test_groups_that_cannot_be_told_apart_cost_nothing():
     assert model.predict(only("gla", 29)) == pytest.approx(additive(only("gla", 29)))
 
 
+def test_padded_layers_are_told_apart_from_layers():
+    """Mixtures cost 0.004 a layer more than the sum, for each layer whose state is not the largest."""
+
+    def padded(layout):
+        return layout.count("gla") if "gated_deltanet" in layout else 0
+
+    def times(layout):
+        prefill, decode = additive(layout)
+        return prefill, decode + 0.004 * padded(layout)
+
+    mixed = layout_of_counts(LAYERS, {"gla": 14, "gated_deltanet": 14})
+    points = [point(layout, times) for layout in (only("gla", 29), only("gated_deltanet", 29), mixed)]
+    model = CostModel.fit(BASE, points, padded=padded)
+    assert model.padded_cost == pytest.approx((0.0, 0.004))
+    other = layout_of_counts(LAYERS, {"gla": 5, "gated_deltanet": 9})
+    assert model.predict(other) == pytest.approx(times(other))
+    assert model.predict(only("gla", 12)) == pytest.approx(times(only("gla", 12)))
+    # A mixture that is faster than the sum says nothing about padding.
+    assert CostModel.fit(BASE, [*points[:2], CurvePoint(mixed, 0.3, 0.3)], padded=padded).padded_cost == (0.0, 0.0)
+
+
 def test_stand_ins_have_the_counts_and_are_spread():
     for wanted in ({"gla": 1}, {"gla": 10, "gated_deltanet": 5}, {"gla": 30}, {}):
         assert counts(layout_of_counts(LAYERS, wanted)) == dict(sorted(wanted.items()))

@@ -1,4 +1,4 @@
-"""Measurements alternate with the backbone, are remembered, and replace predictions that fail their check."""
+"""Measurements alternate with the backbone and are remembered."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from dtr_deploy.engines.base import Engine, Workload
 from dtr_deploy.hybrid.layout import full, replaced
 from dtr_deploy.search.ledger import Ledger
 from dtr_deploy.throughput.cost_model import layout_of_counts
-from dtr_deploy.throughput.measure import Comparison, ThroughputMeter, calibrate, compare_with_base
+from dtr_deploy.throughput.measure import Comparison, ThroughputMeter, compare_with_base
 from tests.throughput.fake import FakeServer
 
 LAYERS = 12
@@ -80,6 +80,14 @@ def test_layouts_with_equal_counts_are_measured_once(tmp_path):
     assert server.opened[2:] == [full(LAYERS), gla(5)]
 
 
+def test_a_meter_without_stand_ins_measures_each_layout():
+    server = FakeServer(additive)
+    other = ("gla",) * 4 + (None,) * 8
+    meter = make_meter(server, stand_in=lambda layout: layout)
+    assert [comparison.layout for comparison in meter.compare([gla(4), other])] == [gla(4), other]
+    assert server.opened == [full(LAYERS), gla(4), other]
+
+
 def test_what_was_measured_before_a_crash_is_kept():
     def seconds(layout):
         if replaced(layout) == 8:
@@ -91,55 +99,6 @@ def test_what_was_measured_before_a_crash_is_kept():
         make_meter(server, ledger).compare([gla(4), gla(8)])
     assert [replaced(trial.key.layout) for trial in ledger.trials(kind="throughput")] == [4]
     assert server.open_now == 0
-
-
-def test_calibration_is_trusted_where_time_adds_up():
-    server = FakeServer(additive)
-    cost = calibrate(make_meter(server), LAYERS, {"gla": 12})
-    assert cost.trusted and cost.largest_relative_error < 0.05
-    assert [replaced(check.layout) for check in cost.checks] == [6]  # half of the eleven that can be replaced at most
-    assert {replaced(layout) for layout in server.opened} == {0, 6, 11}
-    assert cost.speedup(gla(3)) == pytest.approx(6.0 / sum(additive(gla(3))))
-    assert len(server.opened) == 3  # predicted, not measured
-    assert cost.measure(gla(3)).speedup == pytest.approx(cost.speedup(gla(3)))
-
-
-def test_calibration_of_two_forms_is_checked_on_a_mixture():
-    def seconds(layout):
-        return 4.0 - 0.2 * layout.count("gla") - 0.1 * layout.count("gated_deltanet"), 2.0
-
-    cost = calibrate(make_meter(FakeServer(seconds)), LAYERS, {"gla": 12, "gated_deltanet": 10})
-    assert cost.trusted
-    (check,) = cost.checks
-    assert check.layout.count("gla") == 3 and check.layout.count("gated_deltanet") == 2
-
-
-def test_a_bent_curve_is_fitted_again_with_the_checked_point():
-    """Half the layers save nearly everything: the straight line is off, the bent one is not."""
-
-    def seconds(layout):
-        return 4.0 - 0.3 * min(6, replaced(layout)) - 0.01 * max(0, replaced(layout) - 6), 2.0
-
-    cost = calibrate(make_meter(FakeServer(seconds)), LAYERS, {"gla": 12})
-    assert cost.trusted
-    assert cost.speedup(gla(3)) == pytest.approx(6.0 / sum(seconds(gla(3))), rel=0.01)
-
-
-def test_a_model_that_fails_twice_measures_instead():
-    def seconds(layout):  # no curve over counts: every third count is half as fast again
-        return (4.0 if replaced(layout) % 3 else 6.0), 2.0
-
-    server = FakeServer(seconds)
-    cost = calibrate(make_meter(server), LAYERS, {"gla": 12})
-    assert not cost.trusted and cost.largest_relative_error > 0.05
-    assert cost.speedup(full(LAYERS)) == 1.0
-    for n in (1, 2, 4, 5):
-        assert cost.speedup(gla(n)) == pytest.approx(8.0 / sum(seconds(gla(n)))), n
-    opened = len(server.opened)
-    cost.speedup(gla(5))
-    cost.predicted_speedup(gla(7))
-    assert len(server.opened) == opened
-    assert cost.to_dict()["trusted"] is False
 
 
 def test_progress_is_told():

@@ -55,45 +55,48 @@ def branch_gains(form: Any) -> tuple[Tensor, Tensor | None]:
 @dataclass(frozen=True)
 class StateShapes:
     """Shapes of a linear layer's two states, the same in all layers of a model: onnxruntime-genai reads them from the
-    first. recurrent: (Hkv, Dk, Dv), the largest of the forms used; rows: of `past.N.conv`."""
+    first. recurrent: (Hkv, Dk, Dv), the largest of the forms used; rows: of `past.N.conv`, with the largest window."""
 
     recurrent: tuple[int, int, int]
     rows: CarriedRows
 
     @classmethod
-    def of(cls, forms: Iterable[Any], window: int, kv_heads: int, head_dim: int) -> "StateShapes":
+    def of(cls, forms: Iterable[Any], kv_heads: int, head_dim: int) -> "StateShapes":
         """forms: of the linear layers; none in a backbone."""
         forms = list(forms)
         dims = [EMITTERS[form.name].state_dims(head_dim) for form in forms] or [(head_dim, head_dim)]
         recurrent = (kv_heads, max(keys for keys, _ in dims), max(values for _, values in dims))
-        return cls(recurrent, CarriedRows.of(forms, window, kv_heads * head_dim))
+        return cls(recurrent, CarriedRows.of(forms, kv_heads * head_dim))
 
 
 @dataclass(frozen=True)
 class Shared:
-    """What all linear layers use: nodes that run once a call. biases: masked ones, by layer. blocks, kept, neighbours:
-    None where no layer needs them."""
+    """What all linear layers use: nodes that run once a call. blocks: by window. kept: by the rows a layer carries.
+    neighbours: None where no layer needs them. biases: masked ones, by layer."""
 
     call: Call
     states: StateShapes
-    blocks: Blocks | None
-    kept: str | None
+    blocks: dict[int, Blocks]
+    kept: dict[int, str]
     neighbours: str | None
     biases: dict[int, str]
 
 
 def make_shared(graph: Graph, new: NewTokens, forms: Mapping[int, Any], states: StateShapes) -> Shared:
     """forms: of the linear layers, by layer."""
-    call, rows = make_call(graph, new), states.rows
+    call, kv_size = make_call(graph, new), states.rows.kv_size
+    own = [CarriedRows.of([form], kv_size) for form in forms.values()]
+    windows = sorted({rows.window for rows in own} - {0})
+    counts = sorted({rows.count for rows in own if rows.used})
     wanted = {layer: EMITTERS[form.name].shared_bias(form) for layer, form in forms.items()}
     biases = {layer: bias for layer, bias in wanted.items() if bias is not None}
     names = make_masked_biases(graph, call, list(biases.values()), "gates") if biases else []
     return Shared(
         call,
         states,
-        make_blocks(graph, call, rows.window) if rows.window else None,
-        make_kept(graph, call, rows) if rows.used else None,
-        make_neighbours(graph, call, rows.conv + 1) if rows.conv else None,
+        {window: make_blocks(graph, call, window) for window in windows},
+        {count: make_kept(graph, call, count) for count in counts},
+        make_neighbours(graph, call, states.rows.conv + 1) if states.rows.conv else None,
         dict(zip(biases, names, strict=True)),
     )
 
@@ -125,19 +128,19 @@ def make_mixer(builder: Any, graph: Graph, layer: int, mixer: Any, root_input: s
     )[0]
     queries_keys = to_float(queries_keys, "qk_rotary", q_size + kv_size)
     v = to_float(v, "v", kv_size)
-    form, rows = mixer.form, shared.states.rows
+    form, rows = mixer.form, CarriedRows.of([mixer.form], kv_size)
     emitter = EMITTERS[form.name](graph, form, heads, f"{at}/{form.name}", shared.biases.get(layer))
     hidden = to_float(root_input, "hidden", builder.hidden_size) if emitter.reads_hidden else ""
 
     past = {kind: builder.input_names[f"past.{kind}"][layer] for kind in ("recurrent", "conv")}
     present = {kind: builder.output_names[f"present.{kind}"][layer] for kind in ("recurrent", "conv")}
     q, every, values = "", "", v
-    if rows.needed_by(form):
-        assert shared.kept is not None
+    if rows.used:
         k = ""
         if rows.window:
             q, k = graph.split(queries_keys, [q_size, kv_size], f"{at}/window/Split", FLOAT, LEAD)
-        every = make_rows(graph, f"{at}/rows", rows, shared.kept, k, v, past["conv"], present["conv"])
+        kept = shared.kept[rows.count]
+        every = make_rows(graph, f"{at}/rows", rows, shared.states.rows, kept, k, v, past["conv"], present["conv"])
     else:
         # Stock onnxruntime-genai wants a convolution state for every layer with a recurrent one.
         builder.make_node("Identity", inputs=[past["conv"]], outputs=[present["conv"]], name=f"{at}/no_rows/Identity")
@@ -154,10 +157,10 @@ def make_mixer(builder: Any, graph: Graph, layer: int, mixer: Any, root_input: s
     mixed = emitter.read_out(out, gain)
 
     o_proj = mixer.o_proj
-    if shared.blocks is not None:
+    if rows.window:
         near = make_window_attention(
             graph,
-            shared.blocks,
+            shared.blocks[rows.window],
             f"{at}/window",
             q=q,
             rows=window_rows(graph, f"{at}/window/rows", rows, every),

@@ -23,10 +23,10 @@ def make_window_attention(
 ) -> str:
     """q [B,T,Hq*D], rows [B, W + T, 2*Hkv*D] (k and v), float32 -> [B,T,Hq*D]."""
     q_size, kv_size = q_heads * head_dim, kv_heads * head_dim
-    by_block: Shape = ["batch_size*blocks", "block_keys"]
+    by_block = blocks.of_keys
     near = graph.node("GatherND", [rows, blocks.keys], f"{at}/near/GatherND", FLOAT, [*by_block, 2 * kv_size])
     keys, values = graph.split(near, [kv_size, kv_size], f"{at}/near/Split", FLOAT, by_block)
-    query_shape: Shape = ["batch_size*blocks", "block_size", q_size]
+    query_shape: Shape = [*blocks.of_queries, q_size]
     queries = graph.node("GatherND", [q, blocks.queries], f"{at}/q/GatherND", FLOAT, query_shape)
     out = graph.node(
         "Attention",

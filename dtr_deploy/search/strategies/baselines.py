@@ -1,9 +1,9 @@
 """Simple orders to compare with: rank once, spread evenly, shuffle. The longest prefix of the order that is good
 enough.
 
-With a speedup to reach and nothing else (goal "score"), the shortest prefix that is fast enough is taken unseen, as
-these methods do in the literature. Otherwise the prefix is found by bisection, which supposes that more layers score
-less.
+With a target to reach and nothing else (goal "score"), the shortest prefix that reaches it is taken unseen, as these
+methods do in the literature. For the frontier, every third prefix is scored. Otherwise the prefix is found by
+bisection, which supposes that more layers score less.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dtr_deploy.search.problem import Candidate, Problem, apply
-from dtr_deploy.search.strategies.ranking import DIVERGENCE_WEIGHT, harms, in_order
+from dtr_deploy.search.strategies.ranking import DIVERGENCE_WEIGHT, gains, harms, in_order, one_per_layer
+
+FRONTIER_STEP = 3
+"""Layers between two prefixes of a frontier."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,8 @@ class OneShot:
     def run(self, problem: Problem) -> None:
         candidates = sorted(problem.scorer.candidates)
         problem.expected = 1 + len(candidates) + 6
-        order = in_order(harms(problem, problem.committed.layout, candidates, self.divergence_weight))
-        take_prefix(problem, _one_per_layer(order))
+        harm = harms(problem, problem.committed.layout, candidates, gains(problem), self.divergence_weight)
+        take_prefix(problem, one_per_layer(in_order(harm)))
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Uniform:
 
     def run(self, problem: Problem) -> None:
         problem.expected = 6
-        candidates = _one_per_layer(sorted(problem.scorer.candidates))
+        candidates = one_per_layer(sorted(problem.scorer.candidates))
         bits = max(1, (len(candidates) - 1).bit_length())
 
         def reversed_bits(index: int) -> int:  # van der Corput's sequence: every prefix of the order is spread evenly
@@ -58,21 +61,40 @@ class Random:
         problem.expected = 6
         candidates = sorted(problem.scorer.candidates)
         random.Random(self.seed).shuffle(candidates)
-        take_prefix(problem, _one_per_layer(candidates))
+        take_prefix(problem, one_per_layer(candidates))
 
 
 def take_prefix(problem: Problem, order: list[Candidate]) -> None:
-    """Commit one prefix of `order`: the shortest that is fast enough (goal "score"), else the longest within bounds."""
+    """Commit prefixes of `order` as the goal asks: see the module."""
     order = order[: problem.room]
+    if problem.objective.goal == "score":
+        _shortest_that_is_enough(problem, order)
+    elif problem.objective.goal == "frontier":
+        _every_third(problem, order)
+    else:
+        _longest_within_bounds(problem, order)
+
+
+def _shortest_that_is_enough(problem: Problem, order: list[Candidate]) -> None:
+    start, targets = problem.committed.layout, problem.objective.targets
+    for count in range(1, len(order) + 1):
+        if count == len(order) or targets.met(problem.cost.performance(apply(start, order[:count]))):
+            problem.commit(problem.visit(apply(start, order[:count])), order[:count])
+            return
+
+
+def _every_third(problem: Problem, order: list[Candidate]) -> None:
+    counts = sorted({*range(FRONTIER_STEP, len(order) + 1, FRONTIER_STEP), len(order)} - {0})
+    problem.expected += len(counts)
+    start, done = problem.committed.layout, 0
+    for count in counts:
+        visit = problem.visit(apply(start, order[:count]), f"{count} of {problem.scorer.layers} layers replaced")
+        problem.commit(visit, order[done:count])
+        done = count
+
+
+def _longest_within_bounds(problem: Problem, order: list[Candidate]) -> None:
     start = problem.committed.layout
-    objective = problem.objective
-    if objective.goal == "score":
-        counts = [
-            n for n in range(1, len(order) + 1) if objective.fast_enough(problem.cost.speedup(apply(start, order[:n])))
-        ]
-        count = counts[0] if counts else len(order)
-        problem.commit(problem.visit(apply(start, order[:count])), order[:count])
-        return
     low, high = 0, len(order)  # prefix `low` is within bounds, prefix `high + 1` is not
     while low < high:
         middle = (low + high + 1) // 2
@@ -84,11 +106,3 @@ def take_prefix(problem: Problem, order: list[Candidate]) -> None:
             high = middle - 1
     if low:
         problem.commit(problem.visit(apply(start, order[:low])), order[:low])
-
-
-def _one_per_layer(order: list[Candidate]) -> list[Candidate]:
-    """The first candidate of each layer, order kept."""
-    first: dict[int, Candidate] = {}
-    for candidate in order:
-        first.setdefault(candidate.layer, candidate)
-    return list(first.values())

@@ -40,12 +40,21 @@ class Exhaustive:
     def _best(self, problem: Problem, remaining: list[Candidate]) -> tuple[Visit, Candidate]:
         start = problem.committed.layout
         # Deepest layer first: the scorer keeps the hidden states of the layout it ran last, and this order shares most.
-        visits = {
-            change: problem.visit(apply(start, [change]), f"step {problem.committed.replaced + 1}: {change}")
-            for change in sorted(remaining, reverse=True)
-        }
+        order = sorted(remaining, reverse=True)
+        message = f"step {problem.committed.replaced + 1}: {len(order)} candidates"
+        visits = dict(
+            zip(order, problem.visit_many([apply(start, [change]) for change in order], message), strict=True)
+        )
+        frontier = problem.objective.goal == "frontier"
         change = max(
             visits,
-            key=lambda c: (visits[c].passes, visits[c].score, visits[c].margin, visits[c].speedup, -c.layer, c.form),
+            key=lambda c: (
+                frontier or visits[c].passes,
+                visits[c].score,
+                visits[c].margin,
+                visits[c].speedup,
+                -c.layer,
+                c.form,
+            ),
         )
         return visits[change], change

@@ -1,4 +1,4 @@
-"""Ranks single swaps by what they cost per second saved, from cheap screening scores.
+"""Ranks single swaps by what they cost per unit of performance gained, from cheap screening scores.
 
 Cost is divergence from the teacher *and* recall lost. Perplexity alone hides lost recall: on SmolLM2-135M one layer
 (18) carries needle retrieval, costs almost no perplexity, and replacing it early makes every later layout fail.
@@ -6,7 +6,10 @@ Cost is divergence from the teacher *and* recall lost. Perplexity alone hides lo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
 
 from dtr_deploy.hybrid.layout import Layout, full
 from dtr_deploy.search.problem import Candidate, Problem, apply
@@ -15,40 +18,93 @@ DIVERGENCE_WEIGHT = 3.0
 """Nats of KL per token over nats of recall margin. A single swap's KL is a few hundredths of a nat, the margin a
 bad swap loses is whole nats; at 3, twenty layers of SmolLM2-135M were replaced without losing recall."""
 
+SMALLEST_GAIN = 1e-3
+"""Of a candidate that gains nothing, over the best one's: it comes last without dividing by zero."""
+
 
 def harms(
-    problem: Problem, start: Layout, candidates: Sequence[Candidate], divergence_weight: float = DIVERGENCE_WEIGHT
+    problem: Problem,
+    start: Layout,
+    candidates: Sequence[Candidate],
+    gain: Mapping[Candidate, float],
+    divergence_weight: float = DIVERGENCE_WEIGHT,
+    message: str = "screening single swaps",
 ) -> dict[Candidate, float]:
-    """Harm (nats) of each candidate alone on top of `start`, over what its form saves."""
-    savings = form_savings(problem)
-    before = problem.screen(start, "screening the layout so far")
-    result = {}
-    # Deepest layer first: the scorer keeps the hidden states of the layout it ran last, and this order shares most.
-    for change in sorted(candidates, reverse=True):
-        after = problem.screen(apply(start, [change]), f"screening {change}")
-        result[change] = after.harm_beyond(before, divergence_weight) / savings[change.form]
-    return result
+    """Harm (nats) of each candidate alone on top of `start`, over its gain."""
+    # Deepest layer first: a scorer keeps the hidden states of the layout it ran last, and this order shares most.
+    order = sorted(candidates, reverse=True)
+    before, *after = problem.screen_many([start, *(apply(start, [change]) for change in order)], message)
+    return {
+        change: screening.harm_beyond(before, divergence_weight) / gain[change]
+        for change, screening in zip(order, after, strict=True)
+    }
 
 
-def form_savings(problem: Problem) -> dict[str, float]:
-    """Form -> time saved per layer when it is everywhere it can be, over that of the best form (1.0).
+def gains(problem: Problem) -> dict[Candidate, float]:
+    """How much each candidate lowers the objective's burden, over the candidate that lowers it most (1.0).
 
-    A single layer's saving would mislead where costs are not a sum (vLLM's cache groups make the first replacements
-    slower). A form that saves nothing gets a small positive number and so comes last.
+    A single swap on the backbone would mislead where costs are not a sum (vLLM's cache groups make the first
+    replacements slower). So a form's gain is that of all layers that can have it, shared equally; what tells its
+    layers apart is what each adds to half of the others.
     """
+    burden = problem.objective.burden
     layers = problem.scorer.layers
-    saved = {}
+    base = burden(problem.cost.predicted(full(layers)))
+    gain: dict[Candidate, float] = {}
     for form in sorted({candidate.form for candidate in problem.scorer.candidates}):
         changes = [candidate for candidate in problem.scorer.candidates if candidate.form == form]
-        changes = changes[: layers - 1]
-        everywhere = apply(full(layers), changes)
-        saved[form] = (1.0 - 1.0 / problem.cost.predicted_speedup(everywhere)) / len(changes)
-    best = max(saved.values())
+        most = min(len(changes), layers - 1)
+        share = (base - burden(problem.cost.predicted(apply(full(layers), changes[:most])))) / most
+        # Every layer is added to the half of the others that it is not in; both halves are equally large.
+        halves = [apply(full(layers), changes[start::2][: len(changes) // 2]) for start in (1, 0)]
+        before = [burden(problem.cost.predicted(half)) for half in halves]
+        own = [
+            before[index % 2] - burden(problem.cost.predicted(apply(halves[index % 2], [change])))
+            for index, change in enumerate(changes)
+        ]
+        gain |= {change: share + its_own - float(np.mean(own)) for change, its_own in zip(changes, own, strict=True)}
+    best = max(gain.values())
     if best <= 0:
-        return dict.fromkeys(saved, 1.0)
-    return {form: max(value / best, 1e-3) for form, value in saved.items()}
+        return dict.fromkeys(gain, 1.0)
+    return {change: max(value / best, SMALLEST_GAIN) for change, value in gain.items()}
 
 
-def in_order(harm: dict[Candidate, float]) -> list[Candidate]:
+class Belief:
+    """What is believed of every candidate's harm, from two signs: the screening, and the price on items of the score.
+
+    Either alone misleads: the screening is of other text, the price of few items. So they are averaged as logarithms,
+    prices scaled to harms by the median of their ratios. A harm below a tenth of the median counts as that: no harm
+    seen in a screening does not outweigh any price.
+    """
+
+    def __init__(self, harm: Mapping[Candidate, float]) -> None:
+        self.harm = dict(harm)
+        self.price: dict[Candidate, float] = {}
+
+    def of(self, candidates: Iterable[Candidate]) -> dict[Candidate, float]:
+        """Harm believed of each; of those without a price yet, as screened."""
+        floor = 0.1 * max(float(np.median(list(self.harm.values()))), 0.0)
+        harm = {candidate: max(value, floor) for candidate, value in self.harm.items()}
+        ratios = [price / harm[candidate] for candidate, price in self.price.items() if harm[candidate] > 0]
+        scale = float(np.median(ratios)) if ratios else 0.0
+        if scale <= 0:
+            return {candidate: self.harm[candidate] for candidate in candidates}
+        return {
+            candidate: math.sqrt(harm[candidate] * self.price[candidate] / scale)
+            if candidate in self.price
+            else harm[candidate]
+            for candidate in candidates
+        }
+
+
+def in_order(harm: Mapping[Candidate, float]) -> list[Candidate]:
     """Least harm first; equal harm in the order of layers."""
     return sorted(harm, key=lambda candidate: (harm[candidate], candidate))
+
+
+def one_per_layer(order: Iterable[Candidate]) -> list[Candidate]:
+    """The first candidate of each layer, order kept."""
+    first: dict[int, Candidate] = {}
+    for candidate in order:
+        first.setdefault(candidate.layer, candidate)
+    return list(first.values())

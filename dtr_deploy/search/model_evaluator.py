@@ -1,0 +1,272 @@
+"""What a layout's score and screening take: a backbone, its twins, the tasks and a text to compare with the teacher on.
+
+Results are raw (what each request's log-probability was) and of parts of a split, so that `Scorer` can keep them, add
+to them and have the whole interpreted here as if it had been computed at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dtr_deploy.hybrid.layout import Layout, full
+from dtr_deploy.hybrid.model import Twins
+from dtr_deploy.hybrid.precision import products_dtype
+from dtr_deploy.search.evaluator import SCORE, SCREEN, Finished
+from dtr_deploy.search.forward import LAYOUTS_AT_ONCE, LayerPool, PrefixForward
+from dtr_deploy.search.objective import Screening
+from dtr_deploy.search.problem import Candidate
+from dtr_deploy.search.task_runs import (
+    DraftRuns,
+    LikelihoodRuns,
+    RawResult,
+    TaskRuns,
+    WholeModel,
+    WholeRuns,
+    joined_scores,
+    whole_score,
+)
+from dtr_deploy.tasks.base import Split, Task, TaskScore
+from dtr_deploy.tasks.divergence import Divergence, join
+from dtr_deploy.tasks.generation import GenerationTask
+from dtr_deploy.tasks.parts import PARTS
+from dtr_deploy.tasks.request_task import RequestTask
+from dtr_deploy.tasks.scoring import ScoringBatch
+
+BORDER_BYTES = 2 << 30
+"""Memory that a search may fill with hidden states between layers, over all its tasks."""
+
+FORMAT = 2
+"""Of raw results in the ledger. Higher numbers are not read by, and do not read, what came before."""
+
+
+class ModelEvaluator:
+    """Scores layouts of a backbone and its twins.
+
+    Args:
+        backbone: causal LM in evaluation mode; not modified.
+        twins: state dictionaries of `HybridMixer` by (layer, form); each is a candidate.
+        window: the twins' softmax window, tokens.
+        tasks: what the score is made of, weighted by `task.weight`.
+        divergence: held-out text for screening; the backbone is made its reference.
+        recall: tasks whose margins on their search split are screened besides (few, short items do). Every margin a
+            swap loses counts against it.
+        models_hash: hash of the backbone's and the twins' weights, for the ledger's keys.
+        border_bytes: memory for hidden states between layers, screening first. Where not all fit, only every second,
+            third, ... border is kept.
+        precision: of the products of linear layers, see `hybrid.precision`. Log-probabilities are read in float32.
+        parts: into how many parts the items of the search split are dealt; fewer where a task has not as many items,
+            and 1 where one of them cannot be dealt.
+    """
+
+    def __init__(
+        self,
+        backbone: Any,
+        twins: Twins,
+        window: int,
+        tasks: Sequence[Task],
+        divergence: Divergence,
+        recall: Sequence[Task],
+        models_hash: str,
+        border_bytes: int = BORDER_BYTES,
+        precision: str = "float32",
+        parts: int = PARTS,
+    ) -> None:
+        self.backbone, self.tasks, self.divergence, self.recall = backbone, list(tasks), divergence, list(recall)
+        self.pool = LayerPool(backbone, twins, window)
+        self.products = products_dtype(precision, backbone.device.type)
+        self.layers = len(self.pool.layers)
+        self.candidates = sorted(Candidate(layer, form) for layer, form in twins)
+        self.weights = tuple(float(task.weight) for task in tasks)
+        self.models_hash = models_hash
+        self._head = backbone.get_output_embeddings()
+        self._whole = WholeModel(self.pool, self.products)
+        self._search_parts = _most_parts(self.tasks, parts)
+        self._runs: dict[tuple[str, int, Split, int], TaskRuns] = {}
+        self._screening: PrefixForward | None = None
+        screened = [*divergence.batches(), *_search_batches(self.recall)]
+        screening_bytes = PrefixForward.border_bytes(screened, backbone.config)
+        search_bytes = PrefixForward.border_bytes(_search_batches(self.tasks), backbone.config)
+        self.screen_stride = self._stride(screening_bytes, border_bytes)
+        left = border_bytes - screening_bytes // (self.screen_stride or 1)
+        self.search_stride = self._stride(search_bytes, left)
+        self._fingerprints: dict[tuple[str, str, int], str] = {}
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of hidden states held between layers now."""
+        screening = self._screening.kept_bytes if self._screening is not None else 0
+        return screening + sum(runs.kept_bytes for runs in self._runs.values())
+
+    def parts(self, split: Split) -> int:
+        """See `Evaluator`: only the search split is scored in parts."""
+        return self._search_parts if split == "search" else 1
+
+    def score(self, layouts: Sequence[Layout], split: Split, part: int) -> Iterator[Finished]:
+        """See `Evaluator`."""
+
+        def run(some: Sequence[Layout]) -> list[RawResult]:
+            return _merged([self._task_runs(SCORE, number, split, part).run(some) for number in range(len(self.tasks))])
+
+        return _side_by_side(layouts, run)
+
+    def interpret(
+        self, split: Split, raw: Sequence[tuple[Mapping[str, np.ndarray], Mapping[str, Any]]]
+    ) -> list[TaskScore]:
+        """See `Evaluator`."""
+        scores = []
+        for number, task in enumerate(self.tasks):
+            arrays = [_of_task(part, number) for part, _ in raw]
+            if isinstance(task, RequestTask) and _can_be_dealt(task):
+                parts = [task.part(split, part, self.parts(split)) for part in range(len(raw))]
+                scores.append(task.interpret_items(split, joined_scores(arrays), parts))
+            else:
+                scores.append(whole_score(task, split, arrays[0], raw[0][1][f"{number}.strata"]))
+        return scores
+
+    def screen(self, layouts: Sequence[Layout]) -> Iterator[Finished]:
+        """See `Evaluator`: divergence from the teacher, and the recall tasks' mean margins."""
+        return _side_by_side(layouts, self._screen)
+
+    def screening(self, layout: Layout, scalars: Mapping[str, Any]) -> Screening:
+        """See `Evaluator`."""
+        return Screening(layout, scalars["kl"], scalars["perplexity"], scalars["recall"])
+
+    def fingerprint(self, kind: str, split: Split, part: int = 0) -> str:
+        """See `Evaluator`."""
+        if (kind, split, part) not in self._fingerprints:
+            self._fingerprints[kind, split, part] = self._fingerprint(kind, split, part)
+        return self._fingerprints[kind, split, part]
+
+    def _fingerprint(self, kind: str, split: Split, part: int) -> str:
+        arithmetic = f"{self.products}/{type(self.pool.runs(self.products)).__name__}"
+        digest = hashlib.sha256(f"{FORMAT}/{self.models_hash}/{kind}/{split}/{arithmetic}".encode())
+        if kind == SCREEN:
+            digest.update(self.divergence.fingerprint().encode())
+        else:
+            digest.update(f"/{part}/{self.parts(split)}".encode())
+        for task in self.recall if kind == SCREEN else self.tasks:
+            digest.update(f"/{task.name}/{task.fingerprint(split)}".encode())
+        return digest.hexdigest()
+
+    def _screen(self, layouts: Sequence[Layout]) -> list[RawResult]:
+        extra = 0.0
+        if self._screening is None:  # not in __init__: a search that finds all its trials in the ledger runs no model
+            self._screening = PrefixForward(self.pool, self.divergence.batches(), self.screen_stride, self.products)
+            self.divergence.reference_hidden(list(self._screening.hidden(full(self.layers))), self._head)
+            extra = self._screening.layer_forwards / len(layouts)
+        parts: list[list[Any]] = [[] for _ in layouts]
+        for number, batch, hidden in self._screening.hidden_many(layouts):
+            parts[number].append(self.divergence.read_batch(batch, hidden, self._head))
+        shares = self._screening.shares
+        results = []
+        for number, scores in enumerate(parts):
+            score = join(scores)
+            scalars = {"kl": score.mean_kl, "perplexity": score.perplexity, "recall": {}}
+            results.append(RawResult({}, shares[number] + extra, scalars))
+        for number, task in enumerate(self.recall):
+            for result, raw in zip(results, self._task_runs(SCREEN, number, "search", 0).run(layouts), strict=True):
+                result.layer_forwards += raw.layer_forwards
+                result.scalars["recall"][task.name] = self._recall_margin(task, raw)
+        return results
+
+    def _recall_margin(self, task: Task, raw: RawResult) -> float:
+        if isinstance(task, RequestTask) and _can_be_dealt(task):
+            whole = [task.part("search", 0, 1)]
+            return task.interpret_items("search", joined_scores([raw.arrays]), whole).mean_margin
+        return float(raw.arrays["margins"].mean())
+
+    def _task_runs(self, kind: str, number: int, split: Split, part: int) -> TaskRuns:
+        key = (kind, number, split, part)
+        if key not in self._runs:
+            task = (self.recall if kind == SCREEN else self.tasks)[number]
+            # Only the search split is run often enough to keep anything for.
+            stride = self.screen_stride if kind == SCREEN else self.search_stride if split == "search" else 0
+            parts = 1 if kind == SCREEN else self.parts(split)
+
+            def forward(batches: Sequence[ScoringBatch]) -> PrefixForward:
+                return PrefixForward(self.pool, batches, stride, self.products)
+
+            if isinstance(task, GenerationTask):
+                items = task.part(split, part, parts)
+                self._runs[key] = DraftRuns(task, split, items, forward, self._whole, self._head)
+            elif isinstance(task, RequestTask) and task.resumable:
+                items = task.part(split, part, parts)
+                self._runs[key] = LikelihoodRuns(items, forward(items.batches), self._head)
+            else:
+                self._runs[key] = WholeRuns(task, split, self._whole)
+        return self._runs[key]
+
+    def _stride(self, needed: int, available: int) -> int:
+        """Every how many layers hidden states are kept, so that `needed` bytes of them fit; 0 if none do."""
+        if available <= 0:
+            return 0
+        stride = math.ceil(needed / available)
+        return max(1, stride) if stride < self.layers else 0
+
+
+def _can_be_dealt(task: Task) -> bool:
+    return isinstance(task, GenerationTask) or (isinstance(task, RequestTask) and task.resumable)
+
+
+def _most_parts(tasks: Sequence[Task], parts: int) -> int:
+    """`parts`, or as many as every task has items for."""
+    for task in tasks:
+        if not (isinstance(task, RequestTask) and _can_be_dealt(task)):
+            return 1
+        parts = min(parts, len(task.item_strata("search")))
+    return parts
+
+
+def _search_batches(tasks: Sequence[Task]) -> list[ScoringBatch]:
+    return [
+        batch
+        for task in tasks
+        if isinstance(task, RequestTask) and _can_be_dealt(task)
+        for batch in task.batches("search")
+    ]
+
+
+def _side_by_side(layouts: Sequence[Layout], run: Any) -> Iterator[Finished]:
+    """Layouts run a few at a time, neighbours in the tree together, with each one's share of time and work."""
+    order = sorted(range(len(layouts)), key=lambda i: [form or "" for form in layouts[i]])
+    for first in range(0, len(order), LAYOUTS_AT_ONCE):
+        some = order[first : first + LAYOUTS_AT_ONCE]
+        started = time.perf_counter()
+        results: list[RawResult] = run([layouts[index] for index in some])
+        seconds = time.perf_counter() - started
+        work = np.array([result.layer_forwards for result in results])
+        shares = work / work.sum() if work.sum() > 0 else np.full(len(some), 1 / len(some))
+        whole = np.diff(np.round(np.cumsum(work)), prepend=0.0)  # whole numbers with the same sum
+        for index, result, share, forwards in zip(some, results, shares, whole, strict=True):
+            yield Finished(index, result.arrays, result.scalars, int(forwards), float(seconds * share))
+
+
+def _merged(by_task: Sequence[Sequence[RawResult]]) -> list[RawResult]:
+    """One result a layout out of one a task and layout; names begin with the task's number."""
+    merged = []
+    for results in zip(*by_task, strict=True):
+        arrays = {f"{n}.{name}": array for n, result in enumerate(results) for name, array in result.arrays.items()}
+        scalars = {f"{n}.{name}": value for n, result in enumerate(results) for name, value in result.scalars.items()}
+        merged.append(RawResult(arrays, sum(result.layer_forwards for result in results), scalars))
+    return merged
+
+
+def _of_task(arrays: Mapping[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
+    prefix = f"{number}."
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def models_hash(backbone_fingerprint: str, twins: Mapping[tuple[int, str], Mapping[str, Any]], window: int) -> str:
+    """sha256 over a backbone's fingerprint and every twin's weights."""
+    digest = hashlib.sha256(f"{backbone_fingerprint}/{window}".encode())
+    for (layer, form), weights in sorted(twins.items()):
+        for name, tensor in sorted(weights.items()):
+            digest.update(f"/{layer}/{form}/{name}/{tensor.dtype}/{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().contiguous().cpu().float().numpy().tobytes())
+    return digest.hexdigest()
