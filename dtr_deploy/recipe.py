@@ -71,9 +71,9 @@ class Distill(_Section):
 
     tokens: Positive = 100_000
     sequence_length: Annotated[int, Field(ge=16)] = 512
-    batch_size: Positive = 4
+    batch_size: Positive = 1
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    form_learning_rate: Annotated[float, Field(gt=0)] = 1e-2
+    form_learning_rate: Annotated[float, Field(gt=0)] = 2e-2
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     held_out: Positive = 24
     layers: Annotated[Layers, BeforeValidator(_read_layers)] = Layers()
