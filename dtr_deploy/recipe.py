@@ -6,16 +6,19 @@ nearest known name. What needs the model (whether a layer index exists) is check
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
 from dtr_deploy.errors import UsageError
+from dtr_deploy.hybrid.layout import LARGEST_WINDOW, parse_entry
 from dtr_deploy.recipe_errors import Finding, Location, YamlLines, findings_of, parse_yaml
+from dtr_deploy.tasks.build import OPTIONS, kind_of, unknown_options
 
 FormName = Literal["gated_deltanet", "gla", "jet", "hedgehog"]
 EngineName = Literal["ort", "vllm"]
@@ -82,18 +85,23 @@ class Distill(_Section):
 class TaskRecipe(_Section):
     """One part of the score. Exactly one of `file`, `synthetic` and `lm_eval` says what it is.
 
-    file: a folder with train.jsonl, validation.jsonl and test.jsonl (`text`, `label`), or one .jsonl file. synthetic:
-    `needle`, at each of `lengths` prompt tokens. lm_eval: the name of a task of lm-evaluation-harness. items: examples
+    file: a folder with train.jsonl, validation.jsonl and test.jsonl (`text`, `label`), or one .jsonl file; with
+    `lengths`, after as many examples as a prompt of each length holds. synthetic: `needle`, `multi_key` (one of `keys`
+    needles is asked for) or `variable_tracking` (through `hops` assignments, among `keys` chains), at each of `lengths`
+    prompt tokens; filler: a text to hide them in. lm_eval: the name of a task of lm-evaluation-harness. items: examples
     scored in each split. What is left out is the task's own default.
     """
 
     name: str
     file: str | None = None
-    synthetic: Literal["needle"] | None = None
+    synthetic: Literal["needle", "multi_key", "variable_tracking"] | None = None
     lm_eval: str | None = None
     shots: Annotated[int, Field(ge=0)] | None = None
     metric: str | None = None
     lengths: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
+    keys: Annotated[int, Field(ge=2)] | None = None
+    hops: Positive | None = None
+    filler: str | None = None
     items: Positive | None = None
     weight: Annotated[float, Field(gt=0)] = 1.0
 
@@ -104,26 +112,41 @@ class WorkloadRecipe(_Section):
     concurrency: Positive = 1
 
 
-class Target(_Section):
-    """What has to get faster: `speedup` times the backbone's end-to-end tokens per second on this engine and workload.
+TARGET_BOUNDS = ("speedup", "ttft_ms", "tpot_ms", "cache_mib")
 
-    Without `speedup` there is no bound to reach: the search gets what `search.max_score_loss` lets it have.
+
+class Target(_Section):
+    """What has to be reached on this engine and workload, any of: `speedup` times the backbone's end-to-end tokens per
+    second; at most `ttft_ms` milliseconds until the first token and `tpot_ms` for each further one; at most `cache_mib`
+    MiB of keys, values and states for all requests at once.
+
+    Without any there is no bound to reach: the search gets what `search.max_score_loss` lets it have.
     """
 
     engine: EngineName = "ort"
     precision: PrecisionName = "int4"
     workload: WorkloadRecipe
     speedup: Annotated[float, Field(gt=0)] | None = None
+    ttft_ms: Annotated[float, Field(gt=0)] | None = None
+    tpot_ms: Annotated[float, Field(gt=0)] | None = None
+    cache_mib: Annotated[float, Field(gt=0)] | None = None
+
+    @property
+    def reached_by(self) -> tuple[str, ...]:
+        """The keys of the bounds that are given."""
+        return tuple(key for key in TARGET_BOUNDS if getattr(self, key) is not None)
 
 
 class Screen(_Section):
     """What ranks single swaps: divergence from the teacher on held-out sequences, and a short recall test.
 
-    Both at once, because perplexity does not see lost recall. recall_items needles at recall_length prompt tokens; 0
-    turns recall off.
+    Both at once, because perplexity does not see lost recall. recall: its tasks, `needle` and `multi_key`, since a
+    single needle is found by its oddness alone; recall_items of each at recall_length prompt tokens; 0 turns recall
+    off.
     """
 
     sequences: Positive = 8
+    recall: Annotated[tuple[Literal["needle", "multi_key"], ...], Field(min_length=1)] = ("needle", "multi_key")
     recall_items: Annotated[int, Field(ge=0)] = 6
     recall_length: Annotated[int, Field(ge=128)] = 1024
 
@@ -131,9 +154,10 @@ class Screen(_Section):
 class Search(_Section):
     """Stage 2. Losses are absolute, in units of the score (0.02 = two points), on the search and on the confirm split.
 
-    goal: `throughput` replaces while losses stay within bounds and it pays; `score` replaces no more than the target's
-    speedup takes; `frontier` replaces as long as there is a candidate and chooses among all layouts seen. max_task_loss
-    bounds every task alone, so that one task's gain cannot pay for another's collapse. precision: of the large products
+    goal: `throughput` replaces while losses stay within bounds and it pays; `score` replaces no more than the target
+    takes; `frontier` replaces as long as there is a candidate and chooses among all layouts seen. max_task_loss bounds
+    every task alone, so that one task's gain cannot pay for another's collapse. bound: what has to be within these, the
+    `estimate` of a loss or its `upper` confidence bound. precision: of the large products
     while layouts are scored, `auto` is bfloat16 where the processor multiplies it natively.
     """
 
@@ -141,6 +165,7 @@ class Search(_Section):
     goal: Literal["throughput", "score", "frontier"] = "throughput"
     max_score_loss: Fraction = 0.02
     max_task_loss: Fraction | None = None
+    bound: Literal["estimate", "upper"] = "estimate"
     max_replaced: Positive | None = None
     max_trials: Positive | None = None
     minutes: Annotated[float, Field(gt=0)] | None = None
@@ -148,6 +173,21 @@ class Search(_Section):
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     screen: Screen = Screen()
+
+
+def _check_entry(entry: str) -> str:
+    """A form, or FORM@WINDOW for layers whose softmax window is not the recipe's."""
+    forms = get_args(FormName)
+    try:
+        known = parse_entry(entry, 0).form in forms
+    except UsageError:
+        known = False
+    if not known:
+        near = difflib.get_close_matches(entry.partition("@")[0], forms, n=1, cutoff=0.6)
+        hint = f"; did you mean {near[0]!r}?" if near and near[0] not in entry else ""
+        windows = f"each also as FORM@WINDOW with 0 to {LARGEST_WINDOW} tokens"
+        raise ValueError(f"accepted: {', '.join(forms)}, {windows}{hint}")
+    return entry
 
 
 class VllmExport(_Section):
@@ -197,8 +237,10 @@ class Recipe(_Section):
     trust_remote_code: bool = False
     seed: Annotated[int, Field(ge=0)] = 0
     corpus: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_read_list)]
-    forms: Annotated[tuple[FormName, ...], Field(min_length=1), BeforeValidator(_read_list)] = ("gated_deltanet",)
-    window: Annotated[int, Field(ge=0, le=4096)] = 64
+    forms: Annotated[
+        tuple[Annotated[str, AfterValidator(_check_entry)], ...], Field(min_length=1), BeforeValidator(_read_list)
+    ] = ("gated_deltanet",)
+    window: Annotated[int, Field(ge=0, le=LARGEST_WINDOW)] = 64
     distill: Distill = Distill()
     tasks: Annotated[tuple[TaskRecipe, ...], Field(min_length=1)]
     target: Target
@@ -231,9 +273,16 @@ class Recipe(_Section):
         return [str(self.path(source)) if self.path(source).exists() else source for source in self.corpus]
 
     def task_recipes(self) -> list[TaskRecipe]:
-        """The tasks with paths resolved."""
+        """The tasks with paths resolved; a filler that is no path stays as it is."""
         return [
-            task.model_copy(update={"file": str(self.path(task.file))}) if task.file else task for task in self.tasks
+            task.model_copy(
+                update={
+                    key: str(self.path(name))
+                    for key in ("file", "filler")
+                    if (name := getattr(task, key)) and (key == "file" or self.path(name).exists())
+                }
+            )
+            for task in self.tasks
         ]
 
     def model_spec(self) -> str:
@@ -304,8 +353,9 @@ def _check(recipe: Recipe) -> Iterator[Finding]:
             yield Finding(("corpus", index), f"no such file: {entry}")
     if _looks_like_file(recipe.model, ".gguf") and not recipe.path(recipe.model).exists():
         yield Finding(("model",), f"no such file or folder: {recipe.model}")
-    if len(set(recipe.forms)) < len(recipe.forms):
-        yield Finding(("forms",), "names a form twice")
+    mixers = [parse_entry(entry, recipe.window) for entry in recipe.forms]
+    if len(set(mixers)) < len(mixers):
+        yield Finding(("forms",), f"names a form twice with one window (the recipe's is {recipe.window})")
 
     names = [task.name for task in recipe.tasks]
     for index, task in enumerate(recipe.tasks):
@@ -316,13 +366,23 @@ def _check(recipe: Recipe) -> Iterator[Finding]:
             )
         if task.file is not None and not recipe.path(task.file).exists():
             yield Finding(("tasks", index, "file"), f"no such file or folder: {task.file}")
+        if task.filler is not None and _looks_like_file(task.filler) and not recipe.path(task.filler).exists():
+            yield Finding(("tasks", index, "filler"), f"no such file or folder: {task.filler}")
+        if len(kinds) == 1:
+            kind = kind_of(task)
+            for key in unknown_options(task):
+                yield Finding(("tasks", index, key), f"not a key of {kind} tasks; accepted: {', '.join(OPTIONS[kind])}")
         if names.index(task.name) != index:
             yield Finding(("tasks", index, "name"), f"{task.name!r} is taken; accepted: a name for each task")
 
-    if recipe.search.goal == "score" and recipe.target.speedup is None:
+    if recipe.search.goal == "score" and not recipe.target.reached_by:
+        keys = ", ".join(f"target.{key}" for key in TARGET_BOUNDS)
         yield Finding(
-            ("search", "goal"), "score needs a speedup to reach; accepted: with target.speedup, or another goal"
+            ("search", "goal"),
+            f"score needs a speedup or another target to reach; accepted: with one of {keys}, or another goal",
         )
+    if recipe.target.tpot_ms is not None and recipe.target.workload.output < 2:
+        yield Finding(("target", "tpot_ms"), "a workload of one output token has no time per further token")
     engine, precision = recipe.target.engine, recipe.target.precision
     exported: dict[str, set[str]] = {
         "vllm": {VLLM_PRECISION[recipe.export.vllm.dtype]} if recipe.export.vllm else set(),

@@ -1,9 +1,10 @@
-"""Heals twins where they work: together, in a hybrid, by the divergence of its next-token distribution from the teacher's.
+"""Heals twins where they work: together, by the divergence of a hybrid's next-token distribution from the teacher's.
 
 Layer-wise training shows every twin the teacher's own activations; in a hybrid it sees what other twins have made of
 them. Here a hybrid with many layers replaced runs end to end, and what a twin passes on (W_v, W_o, gates, decays,
 gains) follows KL(teacher || hybrid); W_q, W_k and the backbone stay. Every step draws another layout, so that what is
-healed is not one hybrid but the twins in whatever company the search will put them; with a layout given, it is that one.
+healed is not one hybrid but the twins in whatever company the search will put them; with a layout given, it is that
+one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def heal(
 def draw_layout(
     draw: random.Random, keys: Sequence[tuple[int, str]], layers: int, replaced: tuple[float, float]
 ) -> Layout:
-    """A random layout: how many layers, which, and which of a layer's forms. One layer at least keeps full attention."""
+    """A random layout: how many layers, which, and which of a layer's forms. One layer keeps full attention."""
     forms: dict[int, list[str]] = {}
     for layer, form in keys:
         forms.setdefault(layer, []).append(form)

@@ -60,7 +60,7 @@ def model_card(report: Report) -> str:
         f"# {name}",
         f"{report.backbone.spec} with {sum(forms.values())} of {len(layout)} attention layers replaced by linear "
         f"attention ({', '.join(f'{form} {count}' for form, count in forms.items()) or 'none'}; softmax window "
-        f"{report.recipe['window']}). Full attention stays in layers {ranges(kept) or 'none'}.",
+        f"{report.recipe['window']}{', or the tokens after @' if any('@' in form for form in forms) else ''}). Full attention stays in layers {ranges(kept) or 'none'}.",
         "Made by dtr-deploy: twins of the attention layers are distilled, then replace them where the score holds and "
         "the measured throughput pays (Distill-then-Replace, arXiv 2601.11667).",
         "## Use",

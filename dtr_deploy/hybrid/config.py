@@ -2,8 +2,10 @@
 
 Imports transformers only, so that a serving engine can read a checkpoint without the rest of the toolkit.
 
-`dtr` holds: `version` (of this layout of the dictionary), `forms` (one entry per layer, null for full attention),
-`window` (tokens of the softmax branch, 0 for none), `state_dtype` (of the recurrent state).
+`dtr` holds: `version` (of this layout of the dictionary), `forms` (one name per layer, null for full attention),
+`window` (tokens of the softmax branch, 0 for none), `state_dtype` (of the recurrent state), and where layers differ in
+their windows `windows` (one number per layer, null for full attention), which then outranks `window`. Versions that
+know no `windows` refuse it in one line, so it is only written where it is needed.
 """
 
 from typing import Any, ClassVar
@@ -11,7 +13,7 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from dtr_deploy.errors import UsageError
-from dtr_deploy.hybrid.layout import FULL, LINEAR, Layout, layer_types
+from dtr_deploy.hybrid.layout import FULL, LINEAR, Entry, Layout, entries, format_entry, layer_types
 
 DTR_VERSION = 1
 STATE_DTYPES = ("float32", "bfloat16")
@@ -24,7 +26,7 @@ class HybridConfigMixin:
         """Raise UsageError in one line if `dtr` and `layer_types` do not fit the model."""
         layers = self.num_hidden_layers  # type: ignore[attr-defined]
         dtr, types = getattr(self, "dtr", None) or {}, getattr(self, "layer_types", None) or []
-        unknown = set(dtr) - {"version", "forms", "window", "state_dtype"}
+        unknown = set(dtr) - {"version", "forms", "window", "windows", "state_dtype"}
         if unknown:
             raise UsageError(f"config.json: unknown key dtr.{sorted(unknown)[0]}: made by a newer dtr-deploy?")
         if dtr.get("version") != DTR_VERSION:
@@ -41,24 +43,54 @@ class HybridConfigMixin:
         if dtr.get("state_dtype") not in STATE_DTYPES:
             raise UsageError(f"config.json: dtr.state_dtype {dtr.get('state_dtype')!r}: accepted are {STATE_DTYPES}")
         window = dtr.get("window")
-        if not isinstance(window, int) or window < 0:
-            raise UsageError(f"config.json: dtr.window {window!r}: accepted are whole numbers of tokens, 0 for none")
+        if not _is_window(window):
+            raise UsageError(f"config.json: dtr.window {window!r}: accepted are {WINDOWS}")
+        if "windows" in dtr:
+            _check_windows(dtr["windows"], forms)
 
     @property
-    def forms(self) -> Layout:
-        """The layout: a form's name or None for each layer."""
+    def forms(self) -> tuple[str | None, ...]:
+        """A form's name or None for each layer."""
         return tuple(self.dtr["forms"])  # type: ignore[attr-defined]
 
     @property
     def window(self) -> int:
-        """Tokens of the softmax branch, 0 for none."""
+        """Tokens of the softmax branch, 0 for none, of layers for which `dtr.windows` says nothing else."""
         return self.dtr["window"]  # type: ignore[attr-defined]
+
+    @property
+    def entries(self) -> tuple[Entry | None, ...]:
+        """Form and window of each layer, None for full attention."""
+        own = self.dtr.get("windows") or [self.window] * len(self.forms)  # type: ignore[attr-defined]
+        return tuple(None if form is None else Entry(form, w) for form, w in zip(self.forms, own, strict=True))
+
+    @property
+    def layout(self) -> Layout:
+        """The layout, with entries as in a recipe whose `window` is this configuration's."""
+        return tuple(None if entry is None else format_entry(*entry, self.window) for entry in self.entries)
 
     @property
     def number_of_conv_states(self) -> int:
         """States of a linear layer in transformers' cache: the recurrent one, the window's and the convolution's. What
         a layer does not have stays empty."""
         return 3
+
+
+WINDOWS = "whole numbers of tokens, 0 for none"
+
+
+def _is_window(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _check_windows(own: Any, forms: list[str | None]) -> None:
+    if not isinstance(own, list) or len(own) != len(forms):
+        raise UsageError(f"config.json: dtr.windows needs {len(forms)} entries, one a layer")
+    for layer, (window, form) in enumerate(zip(own, forms, strict=True)):
+        if form is None and window is not None:
+            raise UsageError(f"config.json: dtr.windows[{layer}] is {window!r}: accepted is null, as in dtr.forms")
+        if form is not None and not _is_window(window):
+            raise UsageError(f"config.json: dtr.windows[{layer}] is {window!r}: accepted are {WINDOWS}")
 
 
 class DtrLlamaConfig(HybridConfigMixin, LlamaConfig):
@@ -96,7 +128,7 @@ def register_configs() -> None:
 
 
 def hybrid_config(backbone: PreTrainedConfig, layout: Layout, window: int, state_dtype: str = "float32") -> Any:
-    """The configuration of `backbone` with layers replaced as `layout` says.
+    """The configuration of `backbone` with layers replaced as `layout` says. window: of entries that name none.
 
     Raises UsageError for a family that is not supported or a layout that does not fit.
     """
@@ -108,7 +140,11 @@ def hybrid_config(backbone: PreTrainedConfig, layout: Layout, window: int, state
         values.pop(key, None)
     if len(layout) != backbone.num_hidden_layers:
         raise UsageError(f"layout has {len(layout)} entries, the model has {backbone.num_hidden_layers} layers")
-    dtr = {"version": DTR_VERSION, "forms": list(layout), "window": window, "state_dtype": state_dtype}
+    mixers = entries(layout, window)
+    forms = [None if entry is None else entry.form for entry in mixers]
+    dtr: dict[str, Any] = {"version": DTR_VERSION, "forms": forms, "window": window, "state_dtype": state_dtype}
+    if any(entry is not None and entry.window != window for entry in mixers):
+        dtr["windows"] = [None if entry is None else entry.window for entry in mixers]
     config = FAMILIES[family](**values, layer_types=layer_types(layout), dtr=dtr, architectures=[architecture(family)])
     config.check_dtr()  # type: ignore[attr-defined]
     return config

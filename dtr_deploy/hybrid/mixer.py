@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from dtr_deploy.hybrid.layout import parse_entry
 from dtr_kernels.compiled import rows
 from dtr_kernels.compiled.library import disabled
 from dtr_kernels.conv import dynamic_conv
@@ -41,13 +42,14 @@ class HybridMixer(nn.Module):
     Args:
         teacher: the attention module it replaces; its projections and norms are shared, not copied.
         config: the model's configuration.
-        form: the form's name.
-        window: tokens of the softmax branch, 0 for none.
+        form: the form's name, or FORM@WINDOW (`hybrid.layout`).
+        window: tokens of the softmax branch, 0 for none, where `form` does not name them.
         layer_idx: index in the cache.
     """
 
     def __init__(self, teacher: nn.Module, config: Any, form: str, window: int, layer_idx: int) -> None:
         super().__init__()
+        form, window = parse_entry(form, window)
         self.layer_idx = layer_idx
         self.sizes = form_config(config, window)
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (

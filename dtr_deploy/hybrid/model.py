@@ -49,10 +49,10 @@ class HybridModelMixin:
     def __init__(self, config: Any) -> None:
         config.check_dtr()
         super().__init__(config)  # type: ignore[call-arg]
-        for i, form in enumerate(config.forms):
-            if form is not None:
+        for i, entry in enumerate(config.entries):
+            if entry is not None:
                 layer = self.layers[i]  # type: ignore[attr-defined]
-                layer.self_attn = HybridMixer(layer.self_attn, config, form, config.window, i)
+                layer.self_attn = HybridMixer(layer.self_attn, config, entry.form, entry.window, i)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -164,9 +164,9 @@ def make_hybrid(backbone: PreTrainedModel, layout: Layout, window: int, twins: T
 
     Args:
         backbone: a Llama, Qwen2 or Qwen3 causal LM; not modified. What is not replaced is shared with it.
-        layout: a form's name or None for each layer.
-        window: tokens of the softmax branch, 0 for none.
-        twins: state dictionaries of `HybridMixer` by (layer, form). None leaves the forms at their uncalibrated start
+        layout: an entry (`hybrid.layout`) or None for each layer.
+        window: tokens of the softmax branch, 0 for none, of entries that name none.
+        twins: state dictionaries of `HybridMixer` by (layer, entry). None leaves the forms at their uncalibrated start
             and shares the projections with the backbone.
 
     Raises:

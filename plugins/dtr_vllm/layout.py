@@ -1,7 +1,7 @@
 """The state page of a sequence: sizes on this rank, dtypes, and where each part lies.
 
 Every linear layer keeps its state in one page of the same size, seen by vLLM as a row of bytes. Different shapes per
-form would multiply vLLM's KV-cache groups, and each group costs a metadata build in every step.
+form or window would multiply vLLM's KV-cache groups, and each group costs a metadata build in every step.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from dtr_vllm.startup import requested_state_dtype
 ALIGNMENT = 64  # bytes: a cache line, and more than any vector load needs
 
 
-def local_sizes(config: Any, tensor_parallel_size: int) -> FormConfig:
-    """The form's sizes on one tensor-parallel rank of a hybrid with this configuration.
+def local_sizes(config: Any, window: int, tensor_parallel_size: int) -> FormConfig:
+    """Sizes of a form with a softmax window of `window` tokens on one tensor-parallel rank of a hybrid.
 
     vLLM's rule for heads: kv heads are split over the ranks, or repeated when there are more ranks than kv heads.
     """
@@ -30,7 +30,7 @@ def local_sizes(config: Any, tensor_parallel_size: int) -> FormConfig:
         num_heads=config.num_attention_heads // tensor_parallel_size,
         num_kv_heads=max(1, config.num_key_value_heads // tensor_parallel_size),
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        window=config.window,
+        window=window,
     )
 
 
@@ -77,9 +77,13 @@ class StatePage:
 
 
 def page_size(vllm_config: VllmConfig) -> int:
-    """Bytes of one sequence's state in one linear layer, the largest over the forms the checkpoint uses."""
+    """Bytes of one sequence's state in one linear layer, the largest over the forms and windows of the checkpoint."""
     config = vllm_config.model_config.hf_config
-    sizes = local_sizes(config, vllm_config.parallel_config.tensor_parallel_size)
+    ranks = vllm_config.parallel_config.tensor_parallel_size
     with torch.device("meta"):  # only the shapes are wanted
-        forms = [make_form(name, sizes) for name in sorted({form for form in config.forms if form is not None})]
+        forms = [
+            make_form(entry.form, local_sizes(config, entry.window, ranks))
+            for entry in set(config.entries)
+            if entry is not None
+        ]
     return max((StatePage.of(form, vllm_config).size for form in forms), default=0)

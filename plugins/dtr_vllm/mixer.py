@@ -21,6 +21,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
+from dtr_deploy.hybrid.layout import Entry
 from dtr_kernels.conv import dynamic_conv_packed, dynamic_conv_step
 from dtr_kernels.forms import Form, make_form
 from dtr_kernels.operator import linear_attention_packed, linear_attention_step
@@ -39,11 +40,11 @@ class LinearMixer(nn.Module, MambaBase):
     right.
     """
 
-    def __init__(self, vllm_config: VllmConfig, form_name: str, prefix: str) -> None:
+    def __init__(self, vllm_config: VllmConfig, entry: Entry, prefix: str) -> None:
         super().__init__()
         config, quant_config = vllm_config.model_config.hf_config, vllm_config.quant_config
         family = FAMILIES[config.model_type]
-        sizes = local_sizes(config, get_tensor_model_parallel_world_size())
+        sizes = local_sizes(config, entry.window, get_tensor_model_parallel_world_size())
         self.layer_name, self.dtype = prefix, vllm_config.model_config.dtype
         self.num_heads, self.num_kv_heads, self.head_dim = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
         self.window = sizes.window
@@ -68,7 +69,7 @@ class LinearMixer(nn.Module, MambaBase):
         self.rotary_emb = get_rope(
             self.head_dim, max_position=config.max_position_embeddings, rope_parameters=config.rope_parameters
         )
-        self.form = make_form(form_name, sizes)
+        self.form = make_form(entry.form, sizes)
         shard_form_weights(self.form, config.num_key_value_heads)
 
         self.page = StatePage.of(self.form, vllm_config)

@@ -17,6 +17,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
+from dtr_deploy.hybrid.layout import Entry
 from dtr_vllm.cpu_seeds import keep_seeds_out_of_partial_prefills
 from dtr_vllm.families import FAMILIES
 from dtr_vllm.layer_parts import add_norm, gated_mlp
@@ -28,10 +29,10 @@ from dtr_vllm.startup import refuse_unsupported, requested_state_dtype
 class LinearDecoderLayer(nn.Module):
     """A decoder layer whose attention was replaced."""
 
-    def __init__(self, vllm_config: VllmConfig, form_name: str, prefix: str) -> None:
+    def __init__(self, vllm_config: VllmConfig, entry: Entry, prefix: str) -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
-        self.self_attn = LinearMixer(vllm_config, form_name, f"{prefix}.self_attn")
+        self.self_attn = LinearMixer(vllm_config, entry, f"{prefix}.self_attn")
         self.mlp = LlamaMLP(
             config.hidden_size,
             config.intermediate_size,
@@ -55,10 +56,10 @@ class LinearDecoderLayer(nn.Module):
 def decoder_layer(vllm_config: VllmConfig, prefix: str) -> nn.Module:
     """Layer `prefix` of the layout: vLLM's own decoder layer of the family, or the one with a form."""
     config = vllm_config.model_config.hf_config
-    form_name = config.forms[extract_layer_index(prefix)]
-    if form_name is None:
+    entry = config.entries[extract_layer_index(prefix)]
+    if entry is None:
         return FAMILIES[config.model_type].full_attention_layer(vllm_config, prefix)
-    return LinearDecoderLayer(vllm_config, form_name, prefix)
+    return LinearDecoderLayer(vllm_config, entry, prefix)
 
 
 class DtrForCausalLM(LlamaForCausalLM, HasInnerState, IsHybrid, SupportsMambaPrefixCaching):

@@ -12,7 +12,9 @@ from dtr_deploy.hybrid.model import make_hybrid, make_twin
 from tests.tiny import tiny_backbone
 
 LAYOUT = (None, "gated_deltanet", "gla", None)
-SETTINGS = HealSettings(tokens=12 * 48, warmup_steps=2, precision="float32", learning_rate=3e-3, form_learning_rate=3e-2)
+SETTINGS = HealSettings(
+    tokens=12 * 48, warmup_steps=2, precision="float32", learning_rate=3e-3, form_learning_rate=3e-2
+)
 
 
 class Killed(Exception):

@@ -102,6 +102,20 @@ def test_mixer_equals_its_equations(family, form, window):
     assert ((ours - truth).abs().max() / truth.abs().max()).item() < 2e-5
 
 
+def test_windows_of_their_own_reach_their_layers():
+    """Every entry's window, and the recipe's for the entry that names none, against the equations with that window."""
+    model = tiny_hybrid("llama", ("gated_deltanet@5", "gla@0", None, "jet@2", "hedgehog", "gated_deltanet@40"), 16)
+    hidden = torch.randn(1, 60, model.config.hidden_size, generator=torch.Generator().manual_seed(2))
+    where = model.model.rotary_emb(hidden, torch.arange(60)[None])
+    for layer, window in {0: 5, 1: 0, 3: 2, 4: 16, 5: 40}.items():
+        mixer = model.model.layers[layer].self_attn
+        assert mixer.sizes.window == window
+        with torch.no_grad():
+            ours = mixer(hidden, where)[0][0].double()
+            truth = linear_layer_from_equations(mixer, hidden[0].double(), model.config.rope_parameters["rope_theta"])
+        assert ((ours - truth).abs().max() / truth.abs().max()).item() < 2e-5, layer
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_layer_replaced_is_the_backbone(family):
     backbone = tiny_backbone(family)

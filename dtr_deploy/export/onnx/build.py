@@ -38,7 +38,8 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class OnnxExport:
-    """An exported folder. nodes: of the served graph; linear_layers: of the model."""
+    """An exported folder. window: the largest of the linear layers, 0 for none; linear_layers: how many the model has;
+    nodes: of the served graph."""
 
     folder: Path
     precision: str
@@ -107,7 +108,7 @@ def export_model(
     from dtr_deploy.export.onnx.last_token import with_all_logits
 
     config = _builder_config(model, ARCHITECTURES[family])
-    window = (getattr(model.config, "dtr", None) or {}).get("window", 0)
+    mixers = [entry for entry in getattr(model.config, "entries", ()) if entry is not None]
     with _whole_folder(Path(out_folder)) as folder, _quiet():
         tokenizer.save_pretrained(folder)
         if model.generation_config is not None:
@@ -117,7 +118,6 @@ def export_model(
         cache = folder / ".cache"
         writer: Model = BUILDERS[ARCHITECTURES[family]](
             model,
-            window,
             config,
             genai.set_io_dtype(precision, execution_provider, {}),
             genai.set_onnx_dtype(precision, {}),
@@ -135,8 +135,8 @@ def export_model(
         for name in (MODEL_FILE, ALL_LOGITS_FILE):
             onnx.checker.check_model(str(folder / name))
         nodes = len(served.graph.node)
-    linear = sum(kind == "linear_attention" for kind in getattr(config, "layer_types", None) or [])
-    return OnnxExport(Path(out_folder), precision, execution_provider, window, linear, nodes)
+    window = max((entry.window for entry in mixers), default=0)
+    return OnnxExport(Path(out_folder), precision, execution_provider, window, len(mixers), nodes)
 
 
 def check_genai() -> None:

@@ -28,15 +28,14 @@ OPSET = 23
 
 
 class HybridBuilder(Base):
-    """Mixin over a builder. `model` (in memory) and `window` are given; everything else is the base's.
+    """Mixin over a builder. `model` (in memory) is given; everything else is the base's.
 
     In a hybrid the states of layer N are `past.N.recurrent` [batch, Hkv, Dk, Dv] and `past.N.conv` (`rows.py`), both
     float32 and as large as the largest that any of the model's forms needs.
     """
 
-    def __init__(self, model: Any, window: int, *args: Any) -> None:
+    def __init__(self, model: Any, *args: Any) -> None:
         self.source = model
-        self.window = window
         self._new: NewTokens | None = None
         self._shared: Shared | None = None
         self._only_last_token = False
@@ -64,7 +63,7 @@ class HybridBuilder(Base):
         return {i: layer.self_attn.form for i, layer in layers if self.layer_types[i] == "linear_attention"}
 
     def _states(self) -> StateShapes:
-        return StateShapes.of(self._forms().values(), self.window, self.num_kv_heads, self.head_size)
+        return StateShapes.of(self._forms().values(), self.num_kv_heads, self.head_size)
 
     def _set_state_io(self, shapes: dict, types: dict, prefix: str) -> None:
         states = self._states()

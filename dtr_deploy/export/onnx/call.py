@@ -98,23 +98,34 @@ class Blocks:
     [n*C, n*C + W + C): the W rows before its first query and its own C. The indices are for GatherND, which goes from
     rows to blocks and back in one node.
 
+    No query of a block sees the block's key 0, W rows before its first query. That place is the rest's, the one more
+    key of `dtr_kernels.window.Rest`: it points behind the last row, to one of zeros.
+
     keys: int64 [B*N, W+C, 2], (b, row) of each block's keys, clipped at the last row; what is clipped is never visible.
+    rest: bool [W+C], true for key 0.
     queries: int64 [B*N, C, 2], (b, t) of each block's queries, clipped at T-1; what is clipped is dropped by `tokens`.
     tokens: int64 [B, T, 2], (block, query in it) of each token.
     visible: float32 [B*N, 1, C, W+C], 0 where query i may see key j, HIDDEN_KEY elsewhere.
+    of_keys, of_queries: the dimensions [B*N, W+C] and [B*N, C]; onnxruntime takes dimensions of one name for equal
+    ones, so each window has names of its own.
     """
 
     keys: str
+    rest: str
     queries: str
     tokens: str
     visible: str
+    of_keys: Shape
+    of_queries: Shape
 
 
 def make_blocks(graph: Graph, call: Call, window: int) -> Blocks:
-    at = "/model/window"
+    """Once a call and window."""
+    at = f"/model/window_{window}"
     int64 = graph.int64
-    queries_of_block: Shape = ["batch_size*blocks", "block_size"]
-    keys_of_block: Shape = ["batch_size*blocks", "block_keys"]
+    all_blocks, block_size, block_keys = f"batch_size*blocks_{window}", f"block_size_{window}", f"block_keys_{window}"
+    queries_of_block: Shape = [all_blocks, block_size]
+    keys_of_block: Shape = [all_blocks, block_keys]
 
     def node(op: str, inputs: list[str], name: str, shape: Shape) -> str:
         return graph.node(op, inputs, f"{at}/{name}/{op}", INT64, shape)
@@ -141,17 +152,18 @@ def make_blocks(graph: Graph, call: Call, window: int) -> Blocks:
     total = node("Mul", [blocks, call.new.rows], "total", [])
 
     # Blocks of all rows in one dimension
-    block = count(total, "block", "batch_size*blocks")
-    query, key = count(size, "query", "block_size"), count(near, "key", "block_keys")
-    row_of_block = node("Div", [block, blocks], "row_of_block", ["batch_size*blocks"])
-    row_pair = first(row_of_block, [1, 2], "row_of_block", ["batch_size*blocks", 1, 1])
-    begin = node(
-        "Mul", [node("Mod", [block, blocks], "begin", ["batch_size*blocks"]), size], "begin", ["batch_size*blocks"]
-    )
-    begin = node("Unsqueeze", [begin, int64([1])], "begin", ["batch_size*blocks", 1])
+    block = count(total, "block", all_blocks)
+    query, key = count(size, "query", block_size), count(near, "key", block_keys)
+    row_of_block = node("Div", [block, blocks], "row_of_block", [all_blocks])
+    row_pair = first(row_of_block, [1, 2], "row_of_block", [all_blocks, 1, 1])
+    begin = node("Mul", [node("Mod", [block, blocks], "begin", [all_blocks]), size], "begin", [all_blocks])
+    begin = node("Unsqueeze", [begin, int64([1])], "begin", [all_blocks, 1])
 
     key_rows = node("Add", [begin, key], "key_rows", keys_of_block)
+    rest = graph.node("Equal", [key, int64(0)], f"{at}/rest/Equal", BOOL, [block_keys])
+    zeros = node("Add", [last_row, int64(1)], "zeros", [])
     clipped = node("Min", [key_rows, last_row], "keys", keys_of_block)
+    clipped = node("Where", [rest, zeros, clipped], "keys", keys_of_block)
     keys = node("Add", [second(clipped, "keys", keys_of_block), row_pair], "keys", [*keys_of_block, 2])
     clipped = node(
         "Min", [node("Add", [begin, query], "query_rows", queries_of_block), last], "queries", queries_of_block
@@ -170,18 +182,18 @@ def make_blocks(graph: Graph, call: Call, window: int) -> Blocks:
 
     # In a block, query i is row i + W: it sees rows j with 0 <= i + W - j < W that hold a token. Cached rows are
     # right-aligned: of W rows the last min(W, start) hold one.
-    band: Shape = ["block_size", "block_keys"]
-    ahead = node("Sub", [key, node("Unsqueeze", [query, int64([1])], "ahead", ["block_size", 1])], "ahead", band)
+    band: Shape = [block_size, block_keys]
+    ahead = node("Sub", [key, node("Unsqueeze", [query, int64([1])], "ahead", [block_size, 1])], "ahead", band)
     not_old = graph.node("Greater", [ahead, int64(0)], f"{at}/band/Greater", BOOL, band)
     causal = graph.node("LessOrEqual", [ahead, int64(window)], f"{at}/band/LessOrEqual", BOOL, band)
     in_band = graph.node("And", [not_old, causal], f"{at}/band/And", BOOL, band)
     empty = node("Sub", [int64(window), call.start], "empty", ["batch_size", 1])
-    empty = graph.node("Gather", [empty, row_of_block], f"{at}/empty/Gather", INT64, ["batch_size*blocks", 1], axis=0)
+    empty = graph.node("Gather", [empty, row_of_block], f"{at}/empty/Gather", INT64, [all_blocks, 1], axis=0)
     filled = graph.node("GreaterOrEqual", [key_rows, empty], f"{at}/filled/GreaterOrEqual", BOOL, keys_of_block)
-    filled_shape: Shape = ["batch_size*blocks", 1, 1, "block_keys"]
+    filled_shape: Shape = [all_blocks, 1, 1, block_keys]
     filled = graph.node("Unsqueeze", [filled, int64([1, 2])], f"{at}/filled/Unsqueeze", BOOL, filled_shape)
-    full_shape: Shape = ["batch_size*blocks", 1, *band]
+    full_shape: Shape = [all_blocks, 1, *band]
     seen = graph.node("And", [filled, in_band], f"{at}/visible/And", BOOL, full_shape)
     choice = [seen, graph.float32(0.0), graph.float32(HIDDEN_KEY)]
     visible = graph.node("Where", choice, f"{at}/visible/Where", FLOAT, full_shape)
-    return Blocks(keys, queries, tokens, visible)
+    return Blocks(keys, rest, queries, tokens, visible, keys_of_block, queries_of_block)
