@@ -82,6 +82,16 @@ class Distill(_Section):
     layers: Annotated[Layers, BeforeValidator(_read_layers)] = Layers()
 
 
+class Heal(_Section):
+    """After stage 1: twins trained together, end to end, in hybrids of many layers drawn at random. `tokens` of the
+    same corpus, 0 for none; learning_rate is that of W_v and W_o, form_learning_rate that of a form's own parameters.
+    """
+
+    tokens: Annotated[int, Field(ge=0)] = 50_000
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    form_learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+
+
 class TaskRecipe(_Section):
     """One part of the score. Exactly one of `file`, `synthetic` and `lm_eval` says what it is.
 
@@ -242,6 +252,7 @@ class Recipe(_Section):
     ] = ("gated_deltanet",)
     window: Annotated[int, Field(ge=0, le=LARGEST_WINDOW)] = 64
     distill: Distill = Distill()
+    heal: Heal = Heal()
     tasks: Annotated[tuple[TaskRecipe, ...], Field(min_length=1)]
     target: Target
     search: Search = Search()

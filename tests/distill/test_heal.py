@@ -1,7 +1,6 @@
-"""Healing: the gradient it follows, what it changes, layouts it draws, and that a killed run ends with the same weights."""
+"""Healing: the gradient it follows, what it changes, layouts it draws, and killed runs."""
 
 import random
-from dataclasses import replace
 
 import pytest
 import torch
@@ -21,12 +20,12 @@ class Killed(Exception):
     pass
 
 
-def backbone_and_twins(forms=("gated_deltanet", "gla")):
+def backbone_and_twins(forms=("gated_deltanet", "gla"), window=16):
     backbone = tiny_backbone("llama", layers=4)
     twins = {}
     for layer in range(4):
         for form in forms:
-            mixer = make_twin(backbone.model.layers[layer].self_attn, backbone.config, layer, form, 16)
+            mixer = make_twin(backbone.model.layers[layer].self_attn, backbone.config, layer, form, window)
             twins[layer, form] = {name: p.detach().clone() for name, p in mixer.state_dict().items()}
     return backbone, twins
 
@@ -64,14 +63,20 @@ def test_the_first_step_follows_autograd_through_transformers_model(tmp_path):
 
 
 def test_a_healed_hybrid_is_closer_to_its_teacher_on_other_text(tmp_path):
-    backbone, twins = backbone_and_twins()
-    settings = replace(SETTINGS, tokens=100 * 48)
-    result = heal(backbone, twins, 16, tokens(100), settings, tmp_path, LAYOUT)
+    """Twins that could be their teachers, since their window holds a whole sequence, but for noise in W_v and W_o."""
+    backbone, twins = backbone_and_twins(window=64)
+    g = torch.Generator().manual_seed(0)
+    for weights in twins.values():
+        weights["form.rest_logit"].fill_(-10.0)
+        for name in ("v_proj.weight", "o_proj.weight"):
+            weights[name] += 0.5 * weights[name].std() * torch.randn(weights[name].shape, generator=g)
+    settings = HealSettings(tokens=200 * 48, precision="float32", learning_rate=3e-3)
+    result = heal(backbone, twins, 64, tokens(200), settings, tmp_path, LAYOUT)
     healed = {key: load_file(path) for key, path in result.files.items()}
     assert set(healed) == {(1, "gated_deltanet"), (2, "gla")}
     other = tokens(4, seed=1)
-    before, after = (divergence(backbone, make_hybrid(backbone, LAYOUT, 16, w), other) for w in (twins, healed))
-    assert after < 0.9 * before
+    before, after = (divergence(backbone, make_hybrid(backbone, LAYOUT, 64, w), other) for w in (twins, healed))
+    assert after < 0.7 * before
 
 
 def test_only_what_a_twin_passes_on_changes(tmp_path):
