@@ -37,7 +37,8 @@ EVALUATED = 12
 @dataclass(frozen=True)
 class DistillSettings:
     """tokens: budget of training tokens; batch_size: sequences a step; learning_rate: of inherited projections;
-    form_learning_rate: of a form's own parameters; checkpoint_seconds: how much a kill may cost.
+    form_learning_rate: of a form's own parameters; calibrate: start forms from statistics of their teachers;
+    checkpoint_seconds: how much a kill may cost.
 
     precision: of the products with large projections, in the teacher and in twins: "float32", "bfloat16" (through
     autocast; weights, optimiser, states and losses stay float32) or "auto", which is bfloat16 where the processor
@@ -50,6 +51,7 @@ class DistillSettings:
     form_learning_rate: float = 2e-2
     warmup_steps: int = 10
     clip_norm: float = 1.0
+    calibrate: bool = True
     seed: int = 0
     checkpoint_seconds: float = 60.0
     precision: str = "auto"
@@ -107,7 +109,7 @@ def distill(
     trainers = {key: _Trainer(backbone, *key, window, settings) for key in keys}
     half_way = _HalfWay(folder / "half_way.safetensors")
     done, spent = half_way.load(trainers)
-    if done == 0:
+    if done == 0 and settings.calibrate:
         _calibrate(backbone, sequences[:4], layers, trainers)
     order = _batches(len(sequences), settings.batch_size, steps, settings.seed)
     saved_at = time.monotonic()
