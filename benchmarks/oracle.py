@@ -110,16 +110,17 @@ class Oracle:
         gradients = torch.autograd.grad(again, list(leaves.values()), x.cotangent)
         return {f"d_{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}, method
 
-    def _softmax(self, window: int) -> Tensor:
+    def _softmax(self, window: int, logit: Tensor | None = None, value: Tensor | None = None) -> Tensor:
+        """logit [Hq], value [B,T,Hq,D]: of one more key that every query sees."""
         x = self.inputs
         if x.problem.direction != "decode":
-            return _causal_softmax(x.q, x.k, x.v, window)
+            return _causal_softmax(x.q, x.k, x.v, window, logit, value)
         keys, values = x.context(window or x.problem.length)
         rows = []
         for r in range(x.problem.batch):  # one sequence at a time: the context in float64 is large
             k = torch.cat([keys[r : r + 1].double(), x.k[r : r + 1]], 1)[:, -window:]
             v = torch.cat([values[r : r + 1].double(), x.v[r : r + 1]], 1)[:, -window:]
-            rows.append(_causal_softmax(x.q[r : r + 1], k, v, 0))
+            rows.append(_causal_softmax(x.q[r : r + 1], k, v, 0, logit, None if value is None else value[r : r + 1]))
         return torch.cat(rows)
 
     def _form(self, with_window: bool) -> Tensor:
@@ -137,8 +138,7 @@ class Oracle:
         out = out / (out.square().mean(-1, keepdim=True) + 1e-6).sqrt() * p["out_gain"]
         if not with_window:
             return out
-        share = torch.sigmoid(p["window_gate"])[:, None]
-        return share * self._softmax(x.problem.window) + (1 - share) * out
+        return self._softmax(x.problem.window, p["rest_logit"], out)
 
 
 def form_parameters(inputs: Inputs) -> dict[str, Tensor]:
@@ -157,11 +157,13 @@ def form_parameters(inputs: Inputs) -> dict[str, Tensor]:
         "beta_proj.weight": draw(width**-0.5, s.kv_heads, width),
         "beta_proj.bias": draw(0.5, s.kv_heads),
         "out_gain": 1 + draw(0.3, s.query_heads, s.head_dim),
-        "window_gate": draw(0.5, s.query_heads),
+        "rest_logit": 2 + draw(0.5, s.query_heads),
     }
 
 
-def _causal_softmax(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def _causal_softmax(
+    q: Tensor, k: Tensor, v: Tensor, window: int, logit: Tensor | None = None, value: Tensor | None = None
+) -> Tensor:
     """q [B,T,Hq,D] are the last T of the tokens of k, v [B,N,Hkv,D] -> [B,T,Hq,D]; window 0 sees all before it.
 
     A block of queries of one kv head at a time, so that the weights of a long sequence fit the memory.
@@ -178,7 +180,14 @@ def _causal_softmax(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         for h in range(k.shape[2]):
             queries = q[:, start:stop, h * group : (h + 1) * group].transpose(1, 2)  # [B,group,C,D]
             logits = queries @ k[:, None, : behind + stop, h].mT * q.shape[-1] ** -0.5
-            weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)
-            heads.append((weights @ v[:, None, : behind + stop, h]).transpose(1, 2))
+            weights = logits.masked_fill(hidden, -torch.inf)
+            own = slice(h * group, (h + 1) * group)
+            if logit is not None:
+                weights = torch.cat([weights, logit[own, None, None].expand(*weights.shape[:-1], 1)], -1)
+            weights = weights.softmax(-1)
+            out = (weights[..., : behind + stop] @ v[:, None, : behind + stop, h]).transpose(1, 2)
+            if value is not None:
+                out = out + weights[..., -1].transpose(1, 2)[..., None] * value[:, start:stop, own]
+            heads.append(out)
         blocks.append(torch.cat(heads, 2))
     return torch.cat(blocks, 1)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dtr_deploy.report.schema import Report
     from dtr_deploy.tasks.corpus import Corpus
 
-STAGES = ("distill", "search", "hybrid", "export", "parity", "throughput", "report")
+STAGES = ("distill", "heal", "search", "hybrid", "export", "parity", "throughput", "report")
 
 SEARCH_FILE = "search.json"
 
@@ -39,6 +39,7 @@ def build(recipe: Recipe, run: RunDir, progress: Progress | None = None, until: 
     job = Build(recipe, run, progress or QuietProgress())
     steps = {
         "distill": job.distill,  # linear twins of the attention layers, from one teacher pass
+        "heal": job.heal,  # the same twins, trained together end to end
         "search": job.search,  # which layers to replace, by score and measured throughput
         "hybrid": job.assemble,  # the checkpoint, which vLLM serves as it is
         "export": job.export,  # the backbone beside it, and both for ONNX Runtime
@@ -170,15 +171,50 @@ class Build:
 
         return self._stage("distill", self.distill_key, work, folder="distilled")
 
+    def heal(self) -> StageRecord | None:
+        """Train the twins together; `healed/layerNN_FORM.safetensors`. None if the recipe has no tokens for it."""
+        recipe = self.recipe
+        if not recipe.heal.tokens:
+            return None
+        key = stage_key("heal", self.run.stages["distill"].key, recipe.heal.model_dump(mode="json"))
+
+        def work(folder: Path) -> tuple[list[Path], dict[str, Any]]:
+            from dtr_deploy.distill.heal import HealSettings, heal
+
+            settings = HealSettings(
+                tokens=recipe.heal.tokens,
+                learning_rate=recipe.heal.learning_rate,
+                form_learning_rate=recipe.heal.form_learning_rate,
+                precision=recipe.distill.precision,
+                seed=recipe.seed,
+            )
+            twins = self._load_twins(self.run.path / "distilled")
+            with CountingBar(self.progress, "heal") as report:
+                result = heal(
+                    self.backbone.model, twins, recipe.window, self.corpus.train, settings, folder, progress=report
+                )
+            return sorted(result.files.values()), {"tokens": result.tokens, "divergences": result.divergences}
+
+        return self._stage("heal", key, work, folder="healed")
+
     @cached_property
     def twins(self) -> dict[tuple[int, str], dict[str, Any]]:
-        """Weights of every twin, by (layer, form)."""
-        from dtr_deploy.distill.stage import load_twins, twin_file
+        """Weights of every twin, by (layer, form), healed if the recipe has it."""
+        folder = self.run.path / ("healed" if self.recipe.heal.tokens else "distilled")
+        return self._load_twins(folder)
 
-        folder = self.run.path / "distilled"
+    def _load_twins(self, folder: Path) -> dict[tuple[int, str], dict[str, Any]]:
+        from dtr_deploy.distill.files import twin_file
+        from dtr_deploy.distill.stage import load_twins
+
         return load_twins(
             {(layer, form): twin_file(folder, layer, form) for layer in self.layers for form in self.recipe.forms}
         )
+
+    @property
+    def twins_key(self) -> str:
+        """Of the stage that made `twins`."""
+        return self.run.stages["heal" if self.recipe.heal.tokens else "distill"].key
 
     # --- stage 2: the layout
 
@@ -190,7 +226,7 @@ class Build:
         fingerprints = [
             (task.name, task.weight, task.fingerprint("search"), task.fingerprint("confirm")) for task in tasks
         ]
-        key = stage_key("search", self.run.stages["distill"].key, fingerprints, settings, versions())
+        key = stage_key("search", self.twins_key, fingerprints, settings, versions())
 
         def work(folder: Path) -> tuple[list[Path], dict[str, Any]]:
             from dtr_deploy.layout_search import choose_layout
@@ -217,7 +253,7 @@ class Build:
 
     def assemble(self) -> StageRecord:
         """The checkpoint of the hybrid, in `hybrid/`."""
-        key = stage_key("hybrid", self.run.stages["distill"].key, self.layout)
+        key = stage_key("hybrid", self.twins_key, self.layout)
 
         def work(folder: Path) -> tuple[list[Path], dict[str, Any]]:
             from dtr_deploy.export.huggingface import export_checkpoint

@@ -136,7 +136,8 @@ def disk_bytes(recipe: Recipe, sizes: ModelSizes) -> int:
     onnx = [4.0 * sizes.embedding + BYTES_PER_WEIGHT[precision] * sizes.parameters for precision in exports]
     # A stopped distillation keeps the optimiser's two moments beside every weight. A form adds up to an eighth to the
     # projections it inherits (jet's generator of taps is the largest).
-    distilled = 3 * 4.0 * twins * 1.125 * sizes.attention
+    copies = 6 if recipe.heal.tokens else 3
+    distilled = copies * 4.0 * twins * 1.125 * sizes.attention
     return int(distilled + 2 * checkpoint + sum(onnx) + max(onnx, default=0.0))
 
 
@@ -153,6 +154,8 @@ def make_plan(recipe: Recipe, config: Any, multiply_flops: float, items: int | N
     per_token = 2.0 * (sizes.parameters - sizes.embedding)
 
     distill_flops = recipe.distill.tokens * (per_token + TRAINING_PASSES * 2.0 * sizes.attention * twins)
+    # A pass of the teacher, the hybrid's, and back through it; the output embedding for both, and back.
+    heal_flops = recipe.heal.tokens * (3 * per_token + 3 * 2.0 * sizes.embedding)
     screen_tokens = recipe.search.screen.sequences * recipe.distill.sequence_length
     screen_tokens += recipe.search.screen.recall_items * recipe.search.screen.recall_length
     task_tokens = _task_tokens(recipe, items)
@@ -178,6 +181,7 @@ def make_plan(recipe: Recipe, config: Any, multiply_flops: float, items: int | N
 
     work = {
         "distill": f"{recipe.distill.tokens:,} tokens, {twins} twins ({layers} layers)",
+        "heal": f"{recipe.heal.tokens:,} tokens" if recipe.heal.tokens else "none",
         "throughput curve": f"{layouts} layouts, {runs} runs of {workload:,} tokens on {target.engine}",
         "search": f"about {screens:,} screenings, {scores:,} scorings ({recipe.search.strategy})",
         "export": f"2 checkpoints, {len(exports)} ONNX exports",
@@ -187,6 +191,7 @@ def make_plan(recipe: Recipe, config: Any, multiply_flops: float, items: int | N
     export_seconds = ENGINE_START_SECONDS["ort"] * len(exports)
     seconds = [
         distill_flops / flops,
+        heal_flops / flops,
         measure_seconds,
         search_flops / flops,
         export_seconds,

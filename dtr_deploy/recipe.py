@@ -74,12 +74,22 @@ class Distill(_Section):
 
     tokens: Positive = 100_000
     sequence_length: Annotated[int, Field(ge=16)] = 512
-    batch_size: Positive = 4
+    batch_size: Positive = 1
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    form_learning_rate: Annotated[float, Field(gt=0)] = 1e-2
+    form_learning_rate: Annotated[float, Field(gt=0)] = 2e-2
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     held_out: Positive = 24
     layers: Annotated[Layers, BeforeValidator(_read_layers)] = Layers()
+
+
+class Heal(_Section):
+    """After stage 1: twins trained together, end to end, in hybrids of many layers drawn at random. `tokens` of the
+    same corpus, 0 for none; learning_rate is that of W_v and W_o, form_learning_rate that of a form's own parameters.
+    """
+
+    tokens: Annotated[int, Field(ge=0)] = 50_000
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    form_learning_rate: Annotated[float, Field(gt=0)] = 3e-3
 
 
 class TaskRecipe(_Section):
@@ -242,6 +252,7 @@ class Recipe(_Section):
     ] = ("gated_deltanet",)
     window: Annotated[int, Field(ge=0, le=LARGEST_WINDOW)] = 64
     distill: Distill = Distill()
+    heal: Heal = Heal()
     tasks: Annotated[tuple[TaskRecipe, ...], Field(min_length=1)]
     target: Target
     search: Search = Search()
@@ -371,9 +382,7 @@ def _check(recipe: Recipe) -> Iterator[Finding]:
         if len(kinds) == 1:
             kind = kind_of(task)
             for key in unknown_options(task):
-                yield Finding(
-                    ("tasks", index, key), f"not a key of {kind} tasks; accepted: {', '.join(OPTIONS[kind])}"
-                )
+                yield Finding(("tasks", index, key), f"not a key of {kind} tasks; accepted: {', '.join(OPTIONS[kind])}")
         if names.index(task.name) != index:
             yield Finding(("tasks", index, "name"), f"{task.name!r} is taken; accepted: a name for each task")
 

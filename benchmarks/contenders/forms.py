@@ -12,7 +12,7 @@ from benchmarks.oracle import form_parameters
 from benchmarks.problem import Inputs
 from dtr_kernels.forms import Form, FormConfig, make_form
 from dtr_kernels.operator import linear_attention, linear_attention_step
-from dtr_kernels.window import window_attention, window_attention_step
+from dtr_kernels.window import Rest, window_attention, window_attention_step
 
 FORM = "gated_deltanet"
 
@@ -29,7 +29,8 @@ def contenders(rule: str, window: int) -> list[Contender]:
 def _window(inputs: Inputs) -> Ready:
     problem = inputs.problem
     if problem.direction == "decode":
-        return Ready(_window_step(inputs), lambda out: {"out": out[:, None]}, problem.dtype)
+        step = _window_step(inputs)
+        return Ready(lambda: step(None), lambda out: {"out": out[:, None]}, problem.dtype)
     leaves = given(cast(inputs), ("q", "k", "v"))
 
     def forward() -> Tensor:
@@ -40,7 +41,7 @@ def _window(inputs: Inputs) -> Ready:
     return Ready(forward, plain, problem.dtype)
 
 
-def _window_step(inputs: Inputs) -> Callable[[], Tensor]:
+def _window_step(inputs: Inputs) -> Callable[[Rest | None], Tensor]:
     """A step over full rings: tokens 0 .. W-1 lie in them, the new one is at position W."""
     problem = inputs.problem
     q, k, v = (x[:, 0] for x in given(cast(inputs), ("q", "k", "v")).values())
@@ -49,7 +50,7 @@ def _window_step(inputs: Inputs) -> Callable[[], Tensor]:
     slots = torch.arange(1, problem.batch + 1, device=q.device)
     positions = torch.full((problem.batch,), problem.window, device=q.device)
 
-    def call() -> Tensor:
+    def call(rest: Rest | None) -> Tensor:
         return window_attention_step(
             q,
             k,
@@ -60,6 +61,7 @@ def _window_step(inputs: Inputs) -> Callable[[], Tensor]:
             ring_v=rings[1],
             slots=slots,
             positions=positions,
+            rest=rest,
         )
 
     return call
@@ -91,8 +93,10 @@ def _whole_form(inputs: Inputs, form: Form) -> Ready:
         out, _ = linear_attention(
             op.q, op.k, op.v, rule=form.rule, log_decay=op.log_decay, beta=op.beta, scale=form.scale
         )
-        near = window_attention(q, k, v, window=window, return_past=False)[0] if window else None
-        return form.output(out, hidden, near, torch.float32)
+        out = form.readout(out, hidden)
+        if window:
+            out, _ = window_attention(q, k, v, window=window, rest=form.rest(out), return_past=False)
+        return out
 
     return Ready(torch.no_grad()(call), plain, inputs.problem.dtype)
 
@@ -117,6 +121,7 @@ def _decoding_form(inputs: Inputs, form: Form) -> Ready:
             pool=pool,
             slots=slots,
         )
-        return form.output(out, hidden, near() if near else None, torch.float32)
+        out = form.readout(out, hidden)
+        return near(form.rest(out)) if near else out
 
     return Ready(torch.no_grad()(call), lambda out: {"out": out[:, None]}, inputs.problem.dtype)

@@ -29,13 +29,16 @@ def teacher_statistics(
     weights = logits.masked_fill(distance < 0, -torch.inf).softmax(-1)
     output = torch.einsum("bhij,bjhd->bihd", weights, v)
 
-    share = torch.zeros(c.num_heads, device=hidden.device)
+    rest_logit = torch.zeros(c.num_heads, device=hidden.device)
     far = weights.clone()
     far[..., 0] = 0  # the first token is a sink: attended to from everywhere
     if c.window:
         # Queries for which the window does not already cover everything say what its share is.
-        rows = weights[:, :, min(c.window, length - 1) :]
-        share = rows.masked_fill(distance[min(c.window, length - 1) :] >= c.window, 0).sum(-1).mean((0, 2))
+        first = min(c.window, length - 1)
+        outside = distance[first:] >= c.window
+        share = weights[:, :, first:].masked_fill(outside, 0).sum(-1).mean((0, 2)).clamp(0.02, 0.98)
+        inside = logits[:, :, first:].masked_fill(outside | (distance[first:] < 0), -torch.inf)
+        rest_logit = inside.logsumexp(-1).mean((0, 2)) - torch.logit(share)
         far = far.masked_fill(distance < c.window, 0)
     mass = far.sum((0, 2, 3))
     mean = (far * distance.clamp_min(0)).sum((0, 2, 3)) / mass.clamp_min(1e-6)
@@ -43,6 +46,6 @@ def teacher_statistics(
     mean = torch.where(mass > 1e-3, mean, LONGEST)
     return TeacherStatistics(
         distance=mean.unflatten(0, (c.num_kv_heads, group)).mean(1).clamp(SHORTEST, LONGEST),
-        window_share=share,
+        rest_logit=rest_logit,
         output_rms=output.square().mean((0, 1, 3)).sqrt(),
     )

@@ -7,7 +7,6 @@ all of them is written at intervals; a run that is killed goes on from there and
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -16,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dtr_deploy.distill.calibrate import teacher_statistics
 from dtr_deploy.distill.evaluate import Running, TwinReport, window_only
+from dtr_deploy.distill.files import twin_file, write_safetensors, write_text
 from dtr_deploy.distill.narrow_teacher import NarrowTeacher
 from dtr_deploy.distill.teacher import Activations, attention_activations
 from dtr_deploy.hybrid.mixer import HybridMixer, own_parameters
@@ -28,6 +28,8 @@ from dtr_deploy.hybrid.precision import products_dtype, products_in
 
 Progress = Callable[[int, int, str], None]
 
+TEACHER_SEQUENCES = 4
+"""Sequences of one teacher pass: several steps share it, since large products are faster than small ones."""
 EVALUATED = 12
 """Held-out sequences that errors are reported on; about 6,000 tokens at 512 each."""
 
@@ -35,7 +37,8 @@ EVALUATED = 12
 @dataclass(frozen=True)
 class DistillSettings:
     """tokens: budget of training tokens; batch_size: sequences a step; learning_rate: of inherited projections;
-    form_learning_rate: of a form's own parameters; checkpoint_seconds: how much a kill may cost.
+    form_learning_rate: of a form's own parameters; calibrate: start forms from statistics of their teachers;
+    checkpoint_seconds: how much a kill may cost.
 
     precision: of the products with large projections, in the teacher and in twins: "float32", "bfloat16" (through
     autocast; weights, optimiser, states and losses stay float32) or "auto", which is bfloat16 where the processor
@@ -43,11 +46,12 @@ class DistillSettings:
     """
 
     tokens: int = 100_000
-    batch_size: int = 4
+    batch_size: int = 1
     learning_rate: float = 1e-3
-    form_learning_rate: float = 1e-2
+    form_learning_rate: float = 2e-2
     warmup_steps: int = 10
     clip_norm: float = 1.0
+    calibrate: bool = True
     seed: int = 0
     checkpoint_seconds: float = 60.0
     precision: str = "auto"
@@ -61,11 +65,6 @@ class DistillResult:
     files: dict[tuple[int, str], Path]
     tokens: int
     seconds: float
-
-
-def twin_file(folder: Path, layer: int, form: str) -> Path:
-    """Where the weights of one twin lie."""
-    return folder / f"layer{layer:02d}_{form}.safetensors"
 
 
 def load_twins(files: dict[tuple[int, str], Path]) -> dict[tuple[int, str], dict[str, Tensor]]:
@@ -110,7 +109,7 @@ def distill(
     trainers = {key: _Trainer(backbone, *key, window, settings) for key in keys}
     half_way = _HalfWay(folder / "half_way.safetensors")
     done, spent = half_way.load(trainers)
-    if done == 0:
+    if done == 0 and settings.calibrate:
         _calibrate(backbone, sequences[:4], layers, trainers)
     order = _batches(len(sequences), settings.batch_size, steps, settings.seed)
     saved_at = time.monotonic()
@@ -118,26 +117,30 @@ def distill(
     dtype = products_dtype(settings.precision, device)
     mixed = products_in(dtype, device)
     narrow = NarrowTeacher(backbone, layers) if dtype == torch.bfloat16 and NarrowTeacher.fits(backbone) else None
-    for step in range(done, steps):
-        batch = sequences[order[step]]
+    at_once = max(1, TEACHER_SEQUENCES // settings.batch_size)
+    for first in range(done, steps, at_once):
+        coming = order[first : first + at_once]
+        batch = sequences[torch.cat(coming)]
         with mixed:
             activations = narrow(batch) if narrow else attention_activations(backbone, batch, layers)
+        # One twin after another, so that its weights and moments stay in the cache over the steps of a pass.
         errors = [
-            trainer.step(step, steps, activations.inputs[layer], activations.outputs[layer].float(), activations, mixed)
+            trainer.steps(first, steps, activations.inputs[layer], activations.outputs[layer], activations, mixed)
             for (layer, _), trainer in trainers.items()
         ]
-        if time.monotonic() - saved_at > settings.checkpoint_seconds and step + 1 < steps:
-            half_way.save(trainers, step + 1, spent + time.monotonic() - started)
+        after = first + len(coming)
+        if time.monotonic() - saved_at > settings.checkpoint_seconds and after < steps:
+            half_way.save(trainers, after, spent + time.monotonic() - started)
             saved_at = time.monotonic()
-        progress(step + 1, steps, f"relative error {sum(errors) / len(errors):.3f}")
+        progress(after, steps, f"relative error {sum(errors) / len(errors):.3f}")
 
     reports = _evaluate(backbone, held_out[:EVALUATED], layers, keys, trainers, window)
     for key, trainer in trainers.items():
         weights = {name: p.detach().clone().contiguous() for name, p in trainer.mixer.state_dict().items()}
-        _write_safetensors(files[key], weights, {})
+        write_safetensors(files[key], weights, {})
     tokens = steps * settings.batch_size * sequences.shape[1]
     seconds = spent + time.monotonic() - started
-    _write_text(
+    write_text(
         summary, json.dumps({"tokens": tokens, "seconds": seconds, "reports": [r.to_dict() for r in reports]}, indent=1)
     )
     half_way.remove()
@@ -164,7 +167,22 @@ class _Trainer:
             [{"params": params, "lr": rate} for params, rate in self.groups], weight_decay=0.0, fused=True
         )
 
-    def step(
+    def steps(
+        self,
+        first: int,
+        steps: int,
+        hidden: Tensor,
+        target: Tensor,
+        activations: Activations,
+        mixed: AbstractContextManager[Any],
+    ) -> float:
+        """Updates `first`, `first` + 1, ... on `batch_size` sequences each; returns the last relative error."""
+        size, error = self.settings.batch_size, math.nan
+        for index, (x, y) in enumerate(zip(hidden.split(size), target.split(size), strict=True)):
+            error = self._step(first + index, steps, x, y.float(), activations, mixed)
+        return error
+
+    def _step(
         self,
         step: int,
         steps: int,
@@ -218,7 +236,7 @@ class _HalfWay:
             for (layer, form), trainer in trainers.items()
             for name, tensor in trainer.tensors().items()
         }
-        _write_safetensors(self.path, tensors, {"step": str(step), "seconds": str(seconds)})
+        write_safetensors(self.path, tensors, {"step": str(step), "seconds": str(seconds)})
 
     def load(self, trainers: dict[tuple[int, str], _Trainer]) -> tuple[int, float]:
         """(steps done, seconds spent), restoring the trainers; (0, 0.0) if there is nothing to go on from."""
@@ -290,22 +308,3 @@ def _evaluate(
         )
         for layer, form in keys
     ]
-
-
-def _write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata)
-    _commit(partial, path)
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    _commit(partial, path)
-
-
-def _commit(partial: Path, path: Path) -> None:
-    """Make a finished file appear under its name at once, and last through a power cut."""
-    with open(partial, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)

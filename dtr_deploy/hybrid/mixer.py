@@ -99,7 +99,7 @@ class HybridMixer(nn.Module):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, hidden_states: Tensor, states: Any, mask: Tensor | None
     ) -> Tensor:
-        """Linear branch, window branch and their mix, [B,T,Hq*D] in the input's dtype; `states` is its cache layer."""
+        """Linear branch and window, [B,T,Hq*D] in the input's dtype; `states` is its cache layer."""
         started = states is not None and states.is_recurrent_states_initialized[RECURRENT]
         taps, values, conv = self.form.taps(hidden_states), v, None
         if taps is not None:
@@ -120,20 +120,21 @@ class HybridMixer(nn.Module):
             state=states.recurrent_states[RECURRENT] if started else None,
             backend=self.backend,
         )
-        window_out = window = None
+        out, window = self.form.readout(out, hidden_states), None
         if self.sizes.window:
-            window_out, window = window_attention(
+            out, window = window_attention(
                 q,
                 k,
                 v,
                 window=self.sizes.window,
                 past=states.recurrent_states[WINDOW] if started else None,
                 mask=mask,
+                rest=self.form.rest(out),
                 return_past=states is not None,
             )
         if states is not None:
             _store(states, {RECURRENT: recurrent, WINDOW: window, CONV: conv})
-        return self.form.output(out, hidden_states, window_out, hidden_states.dtype).flatten(-2)
+        return out.to(hidden_states.dtype).flatten(-2)
 
 
 def _masked(op: Any, mask: Tensor) -> Any:

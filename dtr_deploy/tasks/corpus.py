@@ -1,4 +1,4 @@
-"""Text for distillation: files, folders, Hugging Face data sets or the Python manual -> packed token sequences.
+"""Text for distillation: files, folders, Hugging Face data sets, the Python manual, made text -> packed tokens.
 
 The order of documents is a seeded shuffle that reads only what it needs: large text files by blocks at random offsets,
 parquet by row groups, hub data sets by streaming. Nothing is tokenised beyond the tokens asked for (and the rest of the
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dtr_deploy.errors import UsageError
+from dtr_deploy.tasks.recall_text import recall_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,8 +58,9 @@ def load_corpus(
     """`tokens` (rounded up to whole sequences) to train on and `held_out` sequences to judge by.
 
     sources: each a .txt, .md, .jsonl or .parquet file, a folder of such, a hub data set `owner/name[:config[:split]]`
-        (text taken from the first of the columns text, content, body, document), or `pydoc` (the Python manual that
-        comes with the interpreter). Each gives an equal share of the tokens as long as it lasts.
+        (text taken from the first of the columns text, content, body, document), `pydoc` (the Python manual that comes
+        with the interpreter), or `recall` (made text that asks for recall, without end: `recall_text`). Each gives an
+        equal share of the tokens as long as it lasts.
     The held-out part is read first, so it does not depend on `tokens`. Raises `UsageError` for a source that is missing
     or unreadable, and when all sources together are too short.
     """
@@ -131,6 +133,8 @@ def _documents(source: str, block: int, seed: int) -> Iterator[str]:
     rng = random.Random(f"corpus/{seed}/{os.path.basename(source)}")
     if source == "pydoc":
         return _pydoc(rng)
+    if source == "recall":
+        return recall_documents(rng)
     path = Path(source).expanduser()
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())

@@ -8,7 +8,12 @@ Two layouts of the cache, for two kinds of caller:
   pool can be copied as it is and one token is one row's write.
 
 Cost and memory are linear in T: block n of C = min(T, W) queries meets the W keys before it and its own C.
+
+What lies outside the window may be one more key, see `Rest`: the softmax then says for each token how much of its
+attention the window deserves, instead of a constant saying it for all.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +25,20 @@ from dtr_kernels.gpu import on_gpu
 from dtr_kernels.pack_plan import PackPlan
 
 
+class Rest(NamedTuple):
+    """All that lies outside the window, as one more key that every query sees.
+
+    logit: [Hq], of the key, the same for every token: what softmax attention has in the logarithm of its weights' sum
+    outside the window. value: [...,Hq,D] float32, one a query: its mean value there, which a linear branch computes.
+
+    A learned constant in the denominator is also what absorbs an attention sink (Xiao et al., arXiv 2309.17453), whose
+    weight would otherwise be shared out among the window's tokens.
+    """
+
+    logit: Tensor
+    value: Tensor
+
+
 def window_attention(
     q: Tensor,
     k: Tensor,
@@ -29,6 +48,7 @@ def window_attention(
     scale: float | None = None,
     past: Tensor | None = None,
     mask: Tensor | None = None,
+    rest: Rest | None = None,
     return_past: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention of each token over itself and the `window` - 1 tokens before it.
@@ -39,17 +59,19 @@ def window_attention(
         past: [B, W, 2*Hkv*D + 1] as in the module's docstring; None is an empty cache. Not modified.
         mask: [B,T] bool, True for a real token. Padding is neither attended to nor cached; a right-padded row keeps
             the window that ends at its last real token.
+        rest: one more key; its value is [B,T,Hq,D].
         return_past: False (training) skips building the new cache and returns None for it.
 
     Returns:
-        out [B,T,Hq,D] in q's dtype (softmax in float32), zero where a row sees no real token, and the new cache.
+        out [B,T,Hq,D] in q's dtype (softmax in float32), zero (or the rest) where a row sees no real token, and the new
+        cache.
     """
-    batch, length, query_heads, dim = q.shape
+    length, query_heads, dim = q.shape[1:]
     kv_heads = k.shape[2]
     group = query_heads // kv_heads
     scale = dim**-0.5 if scale is None else scale
     if can_take(q, k, v) and (past is None or past.dtype in compiled_window.CACHE_DTYPES):
-        out = compiled_window.window_attention(q, k, v, window=window, scale=scale, past=past, mask=mask)
+        out = compiled_window.window_attention(q, k, v, window=window, scale=scale, past=past, mask=mask, rest=rest)
         return out, _new_past(k, v, past, mask, window) if return_past else None
     rows, past_valid = _with_past(k, v, past, mask, window)
     new_past = _last_rows(rows, past_valid, mask, window, length, k.dtype) if return_past else None
@@ -82,12 +104,25 @@ def window_attention(
     )
     visible = visible & seen[:, :, None, :]  # [B or 1,N,C,W+C]
     logits = logits.masked_fill(~visible[:, :, None, None], torch.finfo(torch.float32).min)
-    weights = logits.softmax(-1)
+    share = None
+    if rest is None:
+        weights = logits.softmax(-1)
+    else:
+        logit = rest.logit.float().view(kv_heads, group, 1, 1).expand(*logits.shape[:-1], 1)
+        weights, share = torch.cat([logits, logit], -1).softmax(-1).split([logits.shape[-1], 1], -1)
     if past_valid is not None:
         weights = weights * visible[:, :, None, None].any(-1, keepdim=True)
     out = weights.to(values.dtype).flatten(3, 4) @ values  # [B,N,Hkv,group*C,D]
-    out = out.unflatten(3, (group, block)).permute(0, 1, 4, 2, 3, 5).reshape(batch, blocks * block, query_heads, dim)
-    return out[:, :length].to(q.dtype), new_past
+    out = _by_token(out.unflatten(3, (group, block)), length)
+    if rest is not None and share is not None:
+        out = out + (_by_token(share, length) * rest.value).to(out.dtype)
+    return out.to(q.dtype), new_past
+
+
+def _by_token(x: Tensor, length: int) -> Tensor:
+    """[B,N,Hkv,group,C,D] -> [B,length,Hq,D]"""
+    batch, blocks, kv_heads, group, block, dim = x.shape
+    return x.permute(0, 1, 4, 2, 3, 5).reshape(batch, blocks * block, kv_heads * group, dim)[:, :length]
 
 
 def _new_past(k: Tensor, v: Tensor, past: Tensor | None, mask: Tensor | None, window: int) -> Tensor:
@@ -146,6 +181,7 @@ def window_attention_packed(
     slots: Tensor,
     cu_seqlens: Tensor,
     start: Tensor,
+    rest: Rest | None = None,
     plan: PackPlan | None = None,
 ) -> Tensor:
     """Prefill of R ragged sequences with ring caches, in place. For serving; no gradient.
@@ -156,6 +192,7 @@ def window_attention_packed(
         slots: [R], on the rings' device. A slot <= 0 leaves the rings as they are and gives zeros.
         cu_seqlens: [R+1]; start: [R], position of each sequence's first token here, 0 = nothing cached. Nothing is read
             on the host if they are on the rings' device.
+        rest: one more key; its value is [N,Hq,D].
         plan: of `pack_plan` for the same pack, made once for all layers; None makes one here.
 
     Returns:
@@ -164,14 +201,15 @@ def window_attention_packed(
     if can_take(q, k, v) and ring_k.dtype in compiled_window.CACHE_DTYPES:
         return compiled_window.window_attention_packed(
             q, k, v, window=window, scale=scale, ring_k=ring_k, ring_v=ring_v, slots=slots, cu_seqlens=cu_seqlens,
-            start=start,
+            start=start, rest=rest,
         )  # fmt: skip
     if on_gpu(q, k, v):
         from dtr_kernels.triton import window_attention_prefill
 
         return window_attention_prefill(
             q, k, v, window=window, scale=scale, ring_k=ring_k, ring_v=ring_v, slots=slots.to(q.device),
-            cu_seqlens=cu_seqlens.to(q.device), start=start.to(q.device), plan=None if plan is None else plan.window,
+            cu_seqlens=cu_seqlens.to(q.device), start=start.to(q.device), rest=rest,
+            plan=None if plan is None else plan.window,
         )  # fmt: skip
     out = torch.zeros_like(q)
     borders, starts = cu_seqlens.tolist(), start.tolist()
@@ -188,8 +226,9 @@ def window_attention_packed(
             order = positions % window
             pair = torch.stack([ring_k[slot, order], ring_v[slot, order]], 1).flatten(1)
             past = torch.cat([pair, (positions >= 0)[:, None].to(pair.dtype)], -1)[None]
+        own = None if rest is None else Rest(rest.logit, rest.value[None, a:b])
         y, _ = window_attention(
-            q[None, a:b], k[None, a:b], v[None, a:b], window=window, scale=scale, past=past, return_past=False
+            q[None, a:b], k[None, a:b], v[None, a:b], window=window, scale=scale, past=past, rest=own, return_past=False
         )
         out[a:b] = torch.where(live[:, None, None], y[0], 0.0)
         kept = min(window, b - a)
@@ -210,10 +249,12 @@ def window_attention_step(
     ring_v: Tensor,
     slots: Tensor,
     positions: Tensor,
+    rest: Rest | None = None,
 ) -> Tensor:
     """Decoding: one token for R sequences with ring caches, in place, without host synchronisation.
 
-    q [R,Hq,D], k, v [R,Hkv,D], ring_k, ring_v [S,W,Hkv,D], slots [R], positions [R] of the tokens. Softmax does not
+    q [R,Hq,D], k, v [R,Hkv,D], ring_k, ring_v [S,W,Hkv,D], slots [R], positions [R] of the tokens, rest: one more key
+    with values [R,Hq,D]. Softmax does not
     depend on the order of its keys, so the ring is read as it lies. Null slots (<= 0) change nothing and give zeros.
 
     Returns:
@@ -221,14 +262,16 @@ def window_attention_step(
     """
     if can_take(q, k, v) and ring_k.dtype in compiled_window.CACHE_DTYPES:
         return compiled_window.window_attention_step(
-            q, k, v, window=window, scale=scale, ring_k=ring_k, ring_v=ring_v, slots=slots, positions=positions
-        )
+            q, k, v, window=window, scale=scale, ring_k=ring_k, ring_v=ring_v, slots=slots, positions=positions,
+            rest=rest,
+        )  # fmt: skip
     if on_gpu(q, k, v):
         from dtr_kernels.triton import window_attention_decode
 
         return window_attention_decode(
-            q, k, v, window=window, scale=scale, ring_k=ring_k, ring_v=ring_v, slots=slots, positions=positions
-        )
+            q, k, v, window=window, scale=scale, ring_k=ring_k, ring_v=ring_v, slots=slots, positions=positions,
+            rest=rest,
+        )  # fmt: skip
     slots, positions = slots.long(), positions.long()
     live = slots > 0
     slot = slots.clamp_min(0)
@@ -241,6 +284,11 @@ def window_attention_step(
     queries = q.unflatten(1, (kv_heads, group)).to(keys.dtype)
     logits = (queries @ keys.permute(0, 2, 3, 1)).float() * scale  # [R,Hkv,group,W]
     filled = torch.arange(window, device=q.device)[None] <= positions[:, None]
-    weights = logits.masked_fill(~filled[:, None, None], torch.finfo(torch.float32).min).softmax(-1)
-    out = (weights.to(values.dtype) @ values.transpose(1, 2)).flatten(1, 2)
+    logits = logits.masked_fill(~filled[:, None, None], torch.finfo(torch.float32).min)
+    if rest is not None:
+        logits = torch.cat([logits, rest.logit.float().view(kv_heads, group, 1).expand(len(q), -1, -1, 1)], -1)
+    weights = logits.softmax(-1)
+    out = (weights[..., :window].to(values.dtype) @ values.transpose(1, 2)).flatten(1, 2)
+    if rest is not None:
+        out = out + (weights[..., window].flatten(1)[..., None] * rest.value).to(out.dtype)
     return torch.where(keep, out, 0.0).to(q.dtype)

@@ -174,9 +174,9 @@ class LinearMixer(nn.Module, MambaBase):
             pool=state["recurrent"],
             slots=slots,
         )
-        near = None
+        heads = form.readout(linear, hidden)
         if self.window:
-            near = window_attention_step(
+            heads = window_attention_step(
                 q,
                 k,
                 v,
@@ -186,8 +186,9 @@ class LinearMixer(nn.Module, MambaBase):
                 ring_v=state["window_v"],
                 slots=slots,
                 positions=positions,
+                rest=form.rest(heads),
             )
-        out.copy_(form.output(linear, hidden, near, out.dtype))
+        out.copy_(heads)
 
     def _prefill(
         self,
@@ -223,9 +224,9 @@ class LinearMixer(nn.Module, MambaBase):
             products=products_of(q.dtype),
             plan=prefills.plan,
         )
-        near = None
+        heads = form.readout(linear, hidden)
         if self.window:
-            near = window_attention_packed(
+            heads = window_attention_packed(
                 q,
                 k,
                 v,
@@ -236,9 +237,10 @@ class LinearMixer(nn.Module, MambaBase):
                 slots=slots,
                 cu_seqlens=borders,
                 start=prefills.start,
+                rest=form.rest(heads),
                 plan=prefills.plan,
             )
-        return form.output(linear, hidden, near, dtype)
+        return heads.to(dtype)
 
 
 def _decode_slots(step: DtrMetadata) -> torch.Tensor:

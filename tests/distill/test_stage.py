@@ -1,11 +1,12 @@
 """Stage 1: what is captured is what the teacher computes, training helps, and a stop in the middle changes nothing."""
 
 import json
+import math
 
 import pytest
 import torch
 
-from dtr_deploy.distill import stage as stage_module
+from dtr_deploy.distill import files as files_module
 from dtr_deploy.distill.calibrate import LONGEST, teacher_statistics
 from dtr_deploy.distill.evaluate import window_only
 from dtr_deploy.distill.narrow_teacher import NarrowTeacher
@@ -74,7 +75,9 @@ def test_statistics_of_a_teacher_whose_attention_is_known():
     where = backbone.model.rotary_emb(hidden, torch.arange(length)[None])
     statistics = teacher_statistics(mixer, hidden, where)
     rows = torch.arange(16, length)
-    assert torch.allclose(statistics.window_share, (16 / (rows + 1)).mean().expand(6), atol=1e-5)
+    # All weights are 1: the window holds exp(log 16) of them, and on average its share of the attention.
+    rest = math.log(16) - torch.logit((16 / (rows + 1)).mean())
+    torch.testing.assert_close(statistics.rest_logit, rest.expand(6), rtol=1e-4, atol=1e-4)
     far = [(d, 1 / (t + 1)) for t in range(length) for d in range(16, t)]  # position 0 left out: d < t
     mean = sum(d * w for d, w in far) / sum(w for _, w in far)
     torch.testing.assert_close(statistics.distance, torch.full((2,), mean), rtol=1e-4, atol=0)
@@ -146,7 +149,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_weights(tmp_path, at):
 
 def test_a_kill_while_writing_leaves_the_last_good_state(tmp_path, monkeypatch):
     whole = run(tmp_path / "whole", tiny_backbone("llama"), layers=(1,), forms=("gla",))
-    real, calls = stage_module.save_file, []
+    real, calls = files_module.save_file, []
 
     def torn(tensors, path, metadata):
         calls.append(path)
@@ -155,10 +158,10 @@ def test_a_kill_while_writing_leaves_the_last_good_state(tmp_path, monkeypatch):
             raise Killed
         real(tensors, path, metadata)
 
-    monkeypatch.setattr(stage_module, "save_file", torn)
+    monkeypatch.setattr(files_module, "save_file", torn)
     with pytest.raises(Killed):
         run(tmp_path / "torn", tiny_backbone("llama"), layers=(1,), forms=("gla",))
-    monkeypatch.setattr(stage_module, "save_file", real)
+    monkeypatch.setattr(files_module, "save_file", real)
     again = run(tmp_path / "torn", tiny_backbone("llama"), layers=(1,), forms=("gla",))
     key = (1, "gla")
     expected, found = load_twins(whole.files)[key], load_twins(again.files)[key]

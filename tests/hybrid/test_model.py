@@ -79,10 +79,10 @@ def linear_layer_from_equations(mixer, hidden, theta):
         if c.window:
             first = max(0, t - c.window + 1)
             keys, values = (x[first : t + 1].repeat_interleave(group, 1) for x in (k, v))
-            weights = (torch.einsum("hd,jhd->hj", q[t], keys) / dim**0.5).softmax(-1)
-            softmax = torch.einsum("hj,jhd->hd", weights, values)
-            share = sigmoid(w["form.window_gate"])[:, None]
-            linear = share * softmax + (1 - share) * linear
+            weights = (torch.einsum("hd,jhd->hj", q[t], keys) / dim**0.5).exp()
+            outside = w["form.rest_logit"].exp()[:, None]
+            total = weights.sum(-1, keepdim=True) + outside
+            linear = (torch.einsum("hj,jhd->hd", weights, values) + outside * linear) / total
         out.append(linear.flatten())
     return torch.stack(out) @ w["o_proj.weight"].T
 

@@ -6,6 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 from dtr_kernels.operator import RULES
+from dtr_kernels.window import Rest
 
 
 def operands(rule, batch, length, kv_heads, group, key_dim, value_dim, per_key, decay, beta, seed):
@@ -48,16 +49,32 @@ CASES = dict(
 )
 
 
-def banded(q, k, v, window, scale, valid=None):
-    """The truth: [T,T] logits, a band, a softmax. q [B,T,Hq,D]."""
+def banded(q, k, v, window, scale, valid=None, rest=None):
+    """The truth: [T,T] logits, a band, a softmax, and the one more key of `rest`. q [B,T,Hq,D]."""
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
     logits = torch.einsum("bihd,bjhd->bhij", q, k) * scale
     i = torch.arange(q.shape[1])
     visible = (i[:, None] - i[None] >= 0) & (i[:, None] - i[None] < window)
     visible = visible[None] if valid is None else visible[None] & valid[:, None, :]
-    weights = logits.masked_fill(~visible[:, None], -1e30).softmax(-1) * visible.any(-1)[:, None, :, None]
-    return torch.einsum("bhij,bjhd->bihd", weights, v)
+    weights = logits.exp() * visible[:, None]
+    total, out = weights.sum(-1), torch.einsum("bhij,bjhd->bihd", weights, v)
+    if rest is not None:
+        outside = rest.logit.to(q.dtype).exp()
+        total = total + outside[:, None]
+        out = out + outside[:, None] * rest.value.to(q.dtype)
+    return out / total.clamp_min(1e-300).mT[..., None]
+
+
+def some_rest(q, seed=0):
+    """A rest for q [B,T,Hq,D], float32: it and the window weigh about the same."""
+    g = torch.Generator().manual_seed(seed + 100)
+    return Rest(torch.randn(q.shape[2], generator=g) + 2, torch.randn(q.shape, generator=g))
+
+
+def rest_at(rest, *index):
+    """The rest of some tokens: the value indexed, the logit as it is."""
+    return None if rest is None else Rest(rest.logit, rest.value[index])
 
 
 def implementations():

@@ -19,8 +19,8 @@ from dtr_kernels.operator import (
     linear_attention_step,
 )
 from dtr_kernels.reference import linear_attention_reference
-from dtr_kernels.window import window_attention, window_attention_packed, window_attention_step
-from tests.kernels.cases import CASES, assert_close, banded, narrow, operands
+from dtr_kernels.window import Rest, window_attention, window_attention_packed, window_attention_step
+from tests.kernels.cases import CASES, assert_close, banded, narrow, operands, rest_at, some_rest
 
 # One library for all examples of a test: the fixture does not depend on the example.
 examples = lambda n: settings(  # noqa: E731
@@ -162,11 +162,12 @@ def test_memory_of_training_is_linear_in_the_number_of_tokens():
     dim=st.sampled_from([8, 20, 64]),
     window=st.sampled_from([1, 4, 17, 64, 100]),
     padded=st.booleans(),
+    with_rest=st.booleans(),
     types=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 2**31),
 )
 def test_window_and_its_gradients_equal_banded_softmax(
-    implementation, batch, length, group, dim, window, padded, types, seed
+    implementation, batch, length, group, dim, window, padded, with_rest, types, seed
 ):
     g = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(batch, length, h, dim, generator=g).to(types) for h in (2 * group, 2, 2))
@@ -175,11 +176,14 @@ def test_window_and_its_gradients_equal_banded_softmax(
         valid[-1, length // 2 :] = False
         valid[0, : length // 3] = False
     weight = torch.randn(q.shape, generator=g) * valid[..., None, None]
-    leaves = [x.double().requires_grad_() for x in (q, k, v)]
-    truth = banded(*leaves, window, 0.2, valid)
+    rest = some_rest(q, seed % 1000) if with_rest else ()
+    leaves = [x.double().requires_grad_() for x in (q, k, v, *rest)]
+    truth = banded(*leaves[:3], window, 0.2, valid, Rest(*leaves[3:]) if rest else None)
     expected = torch.autograd.grad((truth * weight).sum(), leaves)
-    ours = [x.requires_grad_() for x in (q, k, v)]
-    out, _ = window_attention(*ours, window=window, scale=0.2, mask=valid if padded else None)
+    ours = [x.requires_grad_() for x in (q, k, v, *rest)]
+    out, _ = window_attention(
+        *ours[:3], window=window, scale=0.2, mask=valid if padded else None, rest=Rest(*ours[3:]) if rest else None
+    )
     assert out.dtype == types
     tolerance = 1e-5 if types == torch.float32 else 1e-2
     assert_close(out * valid[..., None, None], truth * valid[..., None, None], tolerance)
@@ -188,13 +192,15 @@ def test_window_and_its_gradients_equal_banded_softmax(
         assert_close(mine, theirs, tolerance if types == torch.float32 else 3e-2)
 
 
+@pytest.mark.parametrize("with_rest", [False, True])
 @pytest.mark.parametrize("types", [torch.float32, torch.bfloat16])
-def test_ring_caches_of_the_models_type(implementation, types):
+def test_ring_caches_of_the_models_type(implementation, types, with_rest):
     """A prompt in pieces that wrap around the ring, then tokens one by one, with a null row among them."""
     window, length = 20, 90
     g = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(1, length, h, 24, generator=g).to(types) for h in (6, 2, 2))
-    truth = banded(q.double(), k.double(), v.double(), window, 0.3)[0]
+    rest = some_rest(q) if with_rest else None
+    truth = banded(q.double(), k.double(), v.double(), window, 0.3, rest=rest)[0]
     ring_k, ring_v = torch.randn(4, window, 2, 24).to(types), torch.randn(4, window, 2, 24).to(types)
     stale = ring_k[[0, 1, 3]].clone()
     tolerance, done = (1e-5 if types == torch.float32 else 2e-2), 0
@@ -202,13 +208,17 @@ def test_ring_caches_of_the_models_type(implementation, types):
     for n in (7, 1, 50, 13):
         cut = [x[0, done : done + n] for x in (q, k, v)]
         out = window_attention_packed(
-            *cut, **rings, slots=torch.tensor([2]), cu_seqlens=torch.tensor([0, n]), start=torch.tensor([done])
-        )
+            *cut, **rings, slots=torch.tensor([2]), cu_seqlens=torch.tensor([0, n]), start=torch.tensor([done]),
+            rest=rest_at(rest, 0, slice(done, done + n)),
+        )  # fmt: skip
         assert_close(out, truth[done : done + n], tolerance)
         done += n
     while done < length:
         rows = [torch.cat([x[0, done : done + 1], x[0, :1]]) for x in (q, k, v)]
-        out = window_attention_step(*rows, **rings, slots=torch.tensor([2, 0]), positions=torch.tensor([done, 5]))
+        out = window_attention_step(
+            *rows, **rings, slots=torch.tensor([2, 0]), positions=torch.tensor([done, 5]),
+            rest=rest_at(rest, 0, [done, 0]),
+        )  # fmt: skip
         assert_close(out[0], truth[done], tolerance)
         assert not out[1].any()
         done += 1
@@ -221,8 +231,7 @@ def test_rows_and_their_gradients_equal_torch_in_float64(implementation, dim):
         assert not rows.fits(torch.zeros(1, dim))
         return
     g = torch.Generator().manual_seed(0)
-    x, window = torch.randn(2, 7, 3, dim, generator=g), torch.randn(2, 7, 3, dim, generator=g)
-    gain, share = torch.randn(3, dim, generator=g), torch.rand(3, generator=g)
+    x, gain = torch.randn(2, 7, 3, dim, generator=g), torch.randn(3, dim, generator=g)
     cos, sin = torch.randn(1, 7, dim, generator=g), torch.randn(1, 7, dim, generator=g)
 
     def half_turned(x):
@@ -234,12 +243,7 @@ def test_rows_and_their_gradients_equal_torch_in_float64(implementation, dim):
     cases = [
         ([x], lambda x: rows.unit_rows(x, 1e-6), lambda x: x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)),
         ([x], lambda x: rows.rotary(x, cos, sin), lambda x: x * cos[:, :, None] + half_turned(x) * sin[:, :, None]),
-        ([x, gain], lambda x, gain: rows.readout(x, gain, None, None, 1e-6, torch.float32), normed),
-        (
-            [x, gain, window, share],
-            lambda *a: rows.readout(*a, 1e-6, torch.float32),
-            lambda x, gain, window, f: (1 - f[:, None]) * normed(x, gain) + f[:, None] * window,
-        ),
+        ([x, gain], lambda x, gain: rows.readout(x, gain, 1e-6), normed),
     ]
     for inputs, ours, theirs in cases:
         exact = [t.double().requires_grad_() for t in inputs]

@@ -8,10 +8,11 @@ import torch
 from dtr_kernels.conv import dynamic_conv
 from dtr_kernels.forms import FORMS, FormConfig, TeacherStatistics, make_form
 from dtr_kernels.operator import linear_attention
+from dtr_kernels.window import window_attention
 
 CONFIG = FormConfig(hidden_size=24, num_heads=6, num_kv_heads=2, head_dim=8, window=16)
 STATISTICS = TeacherStatistics(
-    distance=torch.tensor([20.0, 300.0]), window_share=torch.full((6,), 0.7), output_rms=torch.rand(6) + 0.1
+    distance=torch.tensor([20.0, 300.0]), rest_logit=torch.linspace(-1, 2, 6), output_rms=torch.rand(6) + 0.1
 )
 
 
@@ -141,12 +142,10 @@ def test_start_decay_of_gla_spans_time_scales_around_the_teachers():
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_start_mixes_in_the_window_by_its_share(name):
+def test_start_weighs_the_rest_as_the_teacher_does(name):
     form = make_form(name, CONFIG)
     form.start_from(STATISTICS)
-    linear, window = torch.zeros(1, 6, 8), torch.ones(1, 6, 8)
-    torch.testing.assert_close(form.mix(linear, window), torch.full((1, 6, 8), 0.7))
-    assert form.mix(linear, None) is linear
+    torch.testing.assert_close(form.rest(torch.zeros(6, 8)).logit.detach(), STATISTICS.rest_logit)
 
 
 @pytest.mark.parametrize("name", [name for name in FORMS if name != "hedgehog"])
@@ -172,7 +171,12 @@ def test_two_ranks_are_halves_of_the_whole(name):
     whole = randomised(name)
     half = FormConfig(24, 3, 1, 8, 16)
     q, k, v, hidden = inputs()
-    mixed = whole.mix(branch(whole, q, k, v, hidden), q)
+
+    def heads_output(form, q, k, v):
+        rest = form.rest(branch(form, q, k, v, hidden))
+        return window_attention(q, k, v, window=form.config.window, rest=rest)[0]
+
+    mixed = heads_output(whole, q, k, v)
     for rank in range(2):
         part = make_form(name, half)
         state = {}
@@ -183,7 +187,7 @@ def test_two_ranks_are_halves_of_the_whole(name):
             state[key] = tensor
         part.load_state_dict(state)
         heads, kv = slice(3 * rank, 3 * rank + 3), slice(rank, rank + 1)
-        ours = part.mix(branch(part, q[:, :, heads], k[:, :, kv], v[:, :, kv], hidden), q[:, :, heads])
+        ours = heads_output(part, q[:, :, heads], k[:, :, kv], v[:, :, kv])
         torch.testing.assert_close(ours, mixed[:, :, heads])
 
 

@@ -20,13 +20,14 @@ def operator_by_operator(form, q, k, v, values, hidden, state, dtype):
         o.q, o.k, o.v, rule=form.rule, log_decay=o.log_decay, beta=o.beta, scale=form.scale, pool=state["recurrent"],
         slots=SLOTS,
     )  # fmt: skip
-    near = None
+    heads = form.readout(linear, hidden)
     if form.config.window:
-        near = window_attention_step(
+        heads = window_attention_step(
             q, k, v, window=form.config.window, scale=form.config.head_dim**-0.5, ring_k=state["window_k"],
             ring_v=state["window_v"], slots=SLOTS, positions=POSITIONS,
+            rest=form.rest(heads),
         )  # fmt: skip
-    return form.output(linear, hidden, near, dtype)
+    return heads.to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,22 +8,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtr_kernels.triton import plan_of_window, window_attention_decode, window_attention_prefill
-from tests.kernels.cases import assert_close, banded
+from dtr_kernels.window import Rest
+from tests.kernels.cases import assert_close, banded, some_rest
 from tests.kernels.triton_cases import DEVICE
 
 LENGTH = 90
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # rounding of weights and output
 
 
-def sequences(count, window, kv_heads, group, dim, dtype, seed):
-    """q, k, v [count, LENGTH, H, D] rounded to dtype, the truth in float64, and rings full of what is stale."""
+def sequences(count, window, kv_heads, group, dim, dtype, seed, with_rest=False):
+    """q, k, v [count, LENGTH, H, D] rounded to dtype, the truth in float64, stale rings, and the rest."""
     g = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=g).to(dtype).to(DEVICE)  # noqa: E731
     q = normal(count, LENGTH, kv_heads * group, dim)
     k, v = normal(count, LENGTH, kv_heads, dim), normal(count, LENGTH, kv_heads, dim)
-    truth = banded(q.cpu().double(), k.cpu().double(), v.cpu().double(), window, 0.4).to(DEVICE)
+    rest = some_rest(q.cpu(), seed % 1000) if with_rest else None
+    truth = banded(q.cpu().double(), k.cpu().double(), v.cpu().double(), window, 0.4, rest=rest).to(DEVICE)
     rings = [torch.full((6, window, kv_heads, dim), torch.nan, dtype=dtype, device=DEVICE) for _ in range(2)]
-    return q, k, v, truth, rings
+    return q, k, v, truth, rings, rest and Rest(*(x.to(DEVICE) for x in rest))
 
 
 def check_rings(rings, k, v, slots, positions, window):
@@ -49,10 +51,13 @@ def packed(x, starts, lengths):
     dim=st.sampled_from([8, 24]),
     dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]),
     shared_plan=st.booleans(),
+    with_rest=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_prompts_in_parts_then_tokens_one_by_one(steps, window, kv_heads, group, dim, dtype, shared_plan, seed):
-    q, k, v, truth, (ring_k, ring_v) = sequences(3, window, kv_heads, group, dim, dtype, seed)
+def test_prompts_in_parts_then_tokens_one_by_one(
+    steps, window, kv_heads, group, dim, dtype, shared_plan, with_rest, seed
+):
+    q, k, v, truth, (ring_k, ring_v), rest = sequences(3, window, kv_heads, group, dim, dtype, seed, with_rest)
     slots, starts = [3, 1, 4], [0, 0, 0]
     kwargs = dict(window=window, scale=0.4, ring_k=ring_k, ring_v=ring_v)
     for lengths in steps:
@@ -62,7 +67,8 @@ def test_prompts_in_parts_then_tokens_one_by_one(steps, window, kv_heads, group,
             plan = plan_of_window(borders, sum(lengths))
         out = window_attention_prefill(
             *(packed(x, starts, lengths) for x in (q, k, v)), slots=torch.tensor(slots, device=DEVICE),
-            cu_seqlens=borders, start=torch.tensor(starts), plan=plan, **kwargs,
+            cu_seqlens=borders, start=torch.tensor(starts), plan=plan,
+            rest=rest and rest._replace(value=packed(rest.value, starts, lengths)), **kwargs,
         )  # fmt: skip
         if sum(lengths):
             assert_close(out, packed(truth, starts, lengths), TOLERANCE[dtype])
@@ -72,7 +78,7 @@ def test_prompts_in_parts_then_tokens_one_by_one(steps, window, kv_heads, group,
         out = window_attention_decode(
             *(torch.cat([x[range(3), starts], x[:1, 0]]) for x in (q, k, v)),
             slots=torch.tensor([*slots, 0], device=DEVICE), positions=torch.tensor([*starts, 9], device=DEVICE),
-            **kwargs,
+            rest=rest and rest._replace(value=torch.cat([rest.value[range(3), starts], rest.value[:1, 0]])), **kwargs,
         )  # fmt: skip
         assert_close(out[:3], truth[range(3), starts], TOLERANCE[dtype])
         assert not out[3].any()
@@ -81,7 +87,7 @@ def test_prompts_in_parts_then_tokens_one_by_one(steps, window, kv_heads, group,
 
 
 def test_null_slots_and_rows_of_no_sequence_are_zero():
-    q, k, v, truth, (ring_k, ring_v) = sequences(3, 16, 2, 2, 8, torch.float32, 0)
+    q, k, v, truth, (ring_k, ring_v), _ = sequences(3, 16, 2, 2, 8, torch.float32, 0)
     take = lambda x: x[:, :20].flatten(0, 1)  # noqa: E731
     out = window_attention_prefill(
         take(q), take(k), take(v), window=16, scale=0.4, ring_k=ring_k, ring_v=ring_v,
@@ -94,7 +100,7 @@ def test_null_slots_and_rows_of_no_sequence_are_zero():
 
 
 def test_strided_operands_a_given_output_and_rings_in_pages():
-    q, k, v, truth, rings = sequences(2, 8, 2, 3, 8, torch.float32, 1)
+    q, k, v, truth, rings, _ = sequences(2, 8, 2, 3, 8, torch.float32, 1)
     pages = torch.zeros(6, 400, device=DEVICE)
     ring_k, ring_v = pages[:, 16:144].unflatten(1, (8, 2, 8)), pages[:, 200:328].unflatten(1, (8, 2, 8))
     ring_k.copy_(rings[0])
@@ -123,10 +129,11 @@ def test_strided_operands_a_given_output_and_rings_in_pages():
         (dict(slots=torch.zeros(2, dtype=torch.int32)), r"expected \(3,\)"),
         (dict(positions=torch.zeros(2, dtype=torch.int32)), r"expected \(3,\)"),
         (dict(out=torch.zeros(3, 4, 9)), r"expected \(3, 4, 8\)"),
+        (dict(rest=Rest(torch.zeros(4), torch.zeros(3, 4, 9))), r"expected \(4,\) and \(3, 4, 8\)"),
     ],
 )
 def test_wrong_operands_are_named(change, message):
-    q, k, v, _, (ring_k, ring_v) = sequences(3, 16, 2, 2, 8, torch.float32, 0)
+    q, k, v, _, (ring_k, ring_v), _ = sequences(3, 16, 2, 2, 8, torch.float32, 0)
     slots = torch.tensor([1, 2, 3])
     kwargs = dict(q=q[:, 0], k=k[:, 0], v=v[:, 0], window=16, scale=1.0, ring_k=ring_k, ring_v=ring_v, slots=slots,
                   positions=slots)  # fmt: skip

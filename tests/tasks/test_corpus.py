@@ -1,7 +1,9 @@
 """Packed text: what is read, in which order, and how little."""
 
+import itertools
 import json
 import random
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 
 from dtr_deploy.errors import UsageError
 from dtr_deploy.tasks.corpus import SEPARATOR, load_corpus
+from dtr_deploy.tasks.recall_text import recall_documents
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()  # one token a byte of plain text
@@ -200,3 +203,23 @@ def test_an_unreachable_data_set_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(UsageError, match=r"^corpus: owner/name is neither .* \(no route\)$"):
         load(["owner/name"])
+
+
+def test_recall_text_answers_every_question_from_its_facts() -> None:
+    """Each repeated line must follow from one fact of its document alone, and the facts differ between documents."""
+    documents = list(itertools.islice(recall_documents(random.Random(0)), 200))
+    assert len(set(documents)) == 200
+    for document in documents:
+        told, asked = document.split("\n\nAsked again:\n")
+        for line in asked.split("\n"):
+            question, value = line[:-1].rsplit(" ", 1)
+            assert told.count(f"{question} ") == 1
+            assert re.search(rf"{re.escape(question)} {value}(\.|$|\s)", told), line
+
+
+def test_recall_is_a_source_that_does_not_run_dry(tmp_path: Path) -> None:
+    source = write_text(tmp_path / "a.txt", lines(100))
+    corpus = load([source, "recall"], tokens=40_000, length=256)
+    assert corpus.tokens_by_source["recall"] > 30_000
+    assert torch.equal(load(["recall"], tokens=4096).train, load(["recall"], tokens=4096).train)
+    assert not torch.equal(load(["recall"], tokens=4096).train, load(["recall"], tokens=4096, seed=1).train)

@@ -10,6 +10,7 @@ from dtr_deploy.hybrid.config import hybrid_config
 from dtr_kernels.conv import dynamic_conv
 from dtr_kernels.forms import FORMS, FormConfig, make_form
 from dtr_kernels.operator import linear_attention
+from dtr_kernels.window import window_attention
 from tests.tiny import tiny_backbone
 
 pytestmark = pytest.mark.vllm
@@ -134,13 +135,13 @@ def test_tensor_parallel_ranks_together_are_the_whole_form(serve, monkeypatch, n
             parameter.normal_()
     q = torch.randn(1, tokens, heads, dim)
     k, v = torch.randn(2, 1, tokens, kv_heads, dim)
-    hidden, window = torch.randn(1, tokens, hidden_size), torch.randn(1, tokens, heads, dim)
+    hidden = torch.randn(1, tokens, hidden_size)
 
-    def run(form, q, k, v, window):
+    def run(form, q, k, v):
         taps = form.taps(hidden)
         o = form.operands(q, k, v if taps is None else dynamic_conv(v, taps)[0], hidden)
         out, _ = linear_attention(o.q, o.k, o.v, rule=form.rule, log_decay=o.log_decay, beta=o.beta, scale=form.scale)
-        return form.mix(form.readout(out, hidden), window)
+        return window_attention(q, k, v, window=16, rest=form.rest(form.readout(out, hidden)))[0]
 
     parts = []
     local_heads, local_kv = heads // ranks, max(1, kv_heads // ranks)
@@ -155,6 +156,6 @@ def test_tensor_parallel_ranks_together_are_the_whole_form(serve, monkeypatch, n
         q_part = slice(rank * local_heads, (rank + 1) * local_heads)
         first_kv = rank * kv_heads // ranks
         kv_part = slice(first_kv, first_kv + local_kv)
-        parts.append(run(form, q[:, :, q_part], k[:, :, kv_part], v[:, :, kv_part], window[:, :, q_part]))
+        parts.append(run(form, q[:, :, q_part], k[:, :, kv_part], v[:, :, kv_part]))
     # The same sums in the same order; only the shapes of the matrix products differ.
-    torch.testing.assert_close(torch.cat(parts, 2), run(whole, q, k, v, window), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat(parts, 2), run(whole, q, k, v), rtol=1e-4, atol=1e-4)

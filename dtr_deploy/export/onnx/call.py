@@ -98,7 +98,11 @@ class Blocks:
     [n*C, n*C + W + C): the W rows before its first query and its own C. The indices are for GatherND, which goes from
     rows to blocks and back in one node.
 
+    No query of a block sees the block's key 0, W rows before its first query. That place is the rest's, the one more
+    key of `dtr_kernels.window.Rest`: it points behind the last row, to one of zeros.
+
     keys: int64 [B*N, W+C, 2], (b, row) of each block's keys, clipped at the last row; what is clipped is never visible.
+    rest: bool [W+C], true for key 0.
     queries: int64 [B*N, C, 2], (b, t) of each block's queries, clipped at T-1; what is clipped is dropped by `tokens`.
     tokens: int64 [B, T, 2], (block, query in it) of each token.
     visible: float32 [B*N, 1, C, W+C], 0 where query i may see key j, HIDDEN_KEY elsewhere.
@@ -107,6 +111,7 @@ class Blocks:
     """
 
     keys: str
+    rest: str
     queries: str
     tokens: str
     visible: str
@@ -155,7 +160,10 @@ def make_blocks(graph: Graph, call: Call, window: int) -> Blocks:
     begin = node("Unsqueeze", [begin, int64([1])], "begin", [all_blocks, 1])
 
     key_rows = node("Add", [begin, key], "key_rows", keys_of_block)
+    rest = graph.node("Equal", [key, int64(0)], f"{at}/rest/Equal", BOOL, [block_keys])
+    zeros = node("Add", [last_row, int64(1)], "zeros", [])
     clipped = node("Min", [key_rows, last_row], "keys", keys_of_block)
+    clipped = node("Where", [rest, zeros, clipped], "keys", keys_of_block)
     keys = node("Add", [second(clipped, "keys", keys_of_block), row_pair], "keys", [*keys_of_block, 2])
     clipped = node(
         "Min", [node("Add", [begin, query], "query_rows", queries_of_block), last], "queries", queries_of_block
@@ -188,4 +196,4 @@ def make_blocks(graph: Graph, call: Call, window: int) -> Blocks:
     seen = graph.node("And", [filled, in_band], f"{at}/visible/And", BOOL, full_shape)
     choice = [seen, graph.float32(0.0), graph.float32(HIDDEN_KEY)]
     visible = graph.node("Where", choice, f"{at}/visible/Where", FLOAT, full_shape)
-    return Blocks(keys, queries, tokens, visible, keys_of_block, queries_of_block)
+    return Blocks(keys, rest, queries, tokens, visible, keys_of_block, queries_of_block)

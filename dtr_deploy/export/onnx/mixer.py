@@ -1,7 +1,7 @@
-"""One linear layer's mixer as nodes: projections, QK-norm, rotary embedding, form, window branch, read-out, mix.
+"""One linear layer's mixer as nodes: projections, QK-norm, rotary embedding, form, read-out, window.
 
-hidden -> qkv_proj -> [q | k], v -> QK-norm -> rotary -+-> form's operands -> LinearAttention -> read-out -+-> o_proj
-                                                       +-> window attention ------------------------------+
+hidden -> qkv_proj -> [q | k], v -> QK-norm -> rotary -+-> form's operands -> LinearAttention -> read-out -+
+                                                       +----------------------------> window attention <---+-> o_proj
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,26 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dtr_deploy.export.onnx.call import LEAD, Blocks, Call, NewTokens, make_blocks, make_call, make_masked_biases
 from dtr_deploy.export.onnx.conv import make_dynamic_conv, make_neighbours
 from dtr_deploy.export.onnx.forms import EMITTERS
 from dtr_deploy.export.onnx.forms.base import HeadLayout, OperandNames
 from dtr_deploy.export.onnx.graph import FLOAT, Graph, Shape, parameter_name
-from dtr_deploy.export.onnx.rows import CarriedRows, conv_rows, make_kept, make_rows, window_rows
+from dtr_deploy.export.onnx.rows import CarriedRows, conv_rows, make_kept, make_rows, make_zero_row, window_rows
 from dtr_deploy.export.onnx.window import make_window_attention
-
-# The share of the window is divided out of the linear branch (see `branch_gains`): it must not be 0.
-SMALLEST_SHARE = 1e-6
-
-
-class OutputProjection:
-    """o_proj with the window's share of each head folded into its columns, as the builders expect a linear module."""
-
-    def __init__(self, projection: Any, column_scale: Tensor) -> None:
-        self.weight = projection.weight.detach() * column_scale.to(projection.weight.dtype)
-        self.bias = projection.bias
 
 
 class MixerWithOutput:
@@ -36,20 +24,6 @@ class MixerWithOutput:
 
     def __init__(self, o_proj: Any) -> None:
         self.o_proj = o_proj
-
-
-def branch_gains(form: Any) -> tuple[Tensor, Tensor | None]:
-    """Gains so that the mix needs one addition: f window + (1-f) linear gain = f (window + linear gain').
-
-    Returns gain' = gain (1-f)/f, [Hq,D], and f, [Hq], which goes into o_proj's columns: a quantization block lies
-    within one head, so quantization is not changed by it. Without a window: gain and None.
-    """
-    gain = form.out_gain.detach().float()
-    if not hasattr(form, "window_gate"):
-        return gain, None
-    gate = form.window_gate.detach().float()
-    share = torch.sigmoid(gate).clamp_min(SMALLEST_SHARE)
-    return gain * (torch.sigmoid(-gate) / share)[:, None], share
 
 
 @dataclass(frozen=True)
@@ -72,12 +46,13 @@ class StateShapes:
 @dataclass(frozen=True)
 class Shared:
     """What all linear layers use: nodes that run once a call. blocks: by window. kept: by the rows a layer carries.
-    neighbours: None where no layer needs them. biases: masked ones, by layer."""
+    zeros: a row, by its width. neighbours: None where no layer needs them. biases: masked ones, by layer."""
 
     call: Call
     states: StateShapes
     blocks: dict[int, Blocks]
     kept: dict[int, str]
+    zeros: dict[int, str]
     neighbours: str | None
     biases: dict[int, str]
 
@@ -96,6 +71,7 @@ def make_shared(graph: Graph, new: NewTokens, forms: Mapping[int, Any], states: 
         states,
         {window: make_blocks(graph, call, window) for window in windows},
         {count: make_kept(graph, call, count) for count in counts},
+        {width: make_zero_row(graph, call, width) for width in sorted({rows.width for rows in own if rows.window})},
         make_neighbours(graph, call, states.rows.conv + 1) if states.rows.conv else None,
         dict(zip(biases, names, strict=True)),
     )
@@ -140,7 +116,10 @@ def make_mixer(builder: Any, graph: Graph, layer: int, mixer: Any, root_input: s
         if rows.window:
             q, k = graph.split(queries_keys, [q_size, kv_size], f"{at}/window/Split", FLOAT, LEAD)
         kept = shared.kept[rows.count]
-        every = make_rows(graph, f"{at}/rows", rows, shared.states.rows, kept, k, v, past["conv"], present["conv"])
+        zeros = shared.zeros.get(rows.width, "")
+        every = make_rows(
+            graph, f"{at}/rows", rows, shared.states.rows, kept, zeros, k, v, past["conv"], present["conv"]
+        )
     else:
         # Stock onnxruntime-genai wants a convolution state for every layer with a recurrent one.
         builder.make_node("Identity", inputs=[past["conv"]], outputs=[present["conv"]], name=f"{at}/no_rows/Identity")
@@ -153,34 +132,26 @@ def make_mixer(builder: Any, graph: Graph, layer: int, mixer: Any, root_input: s
     out = _linear_attention(
         builder, graph, at, form, heads, operands, shared.states, past["recurrent"], present["recurrent"]
     )
-    gain, share = branch_gains(form)
-    mixed = emitter.read_out(out, gain)
-
-    o_proj = mixer.o_proj
+    linear = emitter.read_out(out)
     if rows.window:
-        near = make_window_attention(
+        mixed = make_window_attention(
             graph,
             shared.blocks[rows.window],
             f"{at}/window",
             q=q,
             rows=window_rows(graph, f"{at}/window/rows", rows, every),
+            rest_logit=form.rest_logit,
+            rest=linear,
             q_heads=heads.q_heads,
             kv_heads=heads.kv_heads,
             head_dim=heads.head_dim,
         )
-        mixed = graph.node("Add", [near, mixed], f"{at}/mix/Add", FLOAT, [*LEAD, q_size])
-        assert share is not None
-        column_scale = share.repeat_interleave(heads.head_dim)
-        if narrow:
-            # In half precision the linear branch, with the share divided out, may not fit: multiply it in first.
-            stored = graph.initializer(column_scale, f"{parameter_name(at)}.mix.share")
-            mixed = graph.node("Mul", [mixed, stored], f"{at}/mix/Mul", FLOAT, [*LEAD, q_size])
-        else:
-            o_proj = OutputProjection(o_proj, column_scale)
+    else:
+        mixed = emitter.flat_heads(linear)
     if narrow:
         mixed = graph.cast(mixed, f"{at}/mix/Cast", builder.io_dtype, [*LEAD, q_size])
     builder.attention_attrs["o_path"] = mixed
-    builder.make_attention_output_proj(layer, MixerWithOutput(o_proj), root_input)
+    builder.make_attention_output_proj(layer, MixerWithOutput(mixer.o_proj), root_input)
 
 
 def _project(

@@ -58,11 +58,29 @@ def make_kept(graph: Graph, call: Call, count: int) -> str:
     return graph.node("Unsqueeze", [kept, graph.int64([2])], f"{at}/Unsqueeze", INT64, [*shape, 1])
 
 
+def make_zero_row(graph: Graph, call: Call, width: int) -> str:
+    """[B,1,width] of zeros, behind a call's rows: the key of what lies outside the window. Once a call and width."""
+    at = f"/model/rows/zeros_{width}"
+    one = graph.initializer(torch.zeros(1, 1, width), f"model.rows.zeros_{width}")
+    rows = graph.node("Unsqueeze", [call.new.rows, graph.int64([0])], f"{at}/Unsqueeze", INT64, [1])
+    shape = graph.node("Concat", [rows, graph.int64([1, width])], f"{at}/Concat", INT64, [3], axis=0)
+    return graph.node("Expand", [one, shape], f"{at}/Expand", FLOAT, ["batch_size", 1, width])
+
+
 def make_rows(
-    graph: Graph, at: str, rows: CarriedRows, largest: CarriedRows, kept: str, k: str, v: str, past: str, present: str
+    graph: Graph,
+    at: str,
+    rows: CarriedRows,
+    largest: CarriedRows,
+    kept: str,
+    zeros: str,
+    k: str,
+    v: str,
+    past: str,
+    present: str,
 ) -> str:
-    """k, v [B,T,kv_size] float32 -> the carried rows and the new ones, [B, count + T, width]; writes the graph output
-    `present`.
+    """k, v [B,T,kv_size] float32 -> the carried rows and the new ones, and with a window the row of `zeros` behind
+    them, [B, count + T (+ 1), width]; writes the graph output `present`.
 
     rows: the layer's own, largest: the model's. `past` is read by one node only, on whose result the node that writes
     `present` depends: the two may be one buffer.
@@ -76,8 +94,9 @@ def make_rows(
     new = v
     if rows.window:
         new = graph.node("Concat", [k, v], f"{at}/new/Concat", FLOAT, [*LEAD, rows.width], axis=2)
+    parts = [past, new, zeros] if rows.window else [past, new]
     every = graph.node(
-        "Concat", [past, new], f"{at}/Concat", FLOAT, ["batch_size", _with_new(rows.count), rows.width], axis=1
+        "Concat", parts, f"{at}/Concat", FLOAT, ["batch_size", _with_new(rows, rows.count), rows.width], axis=1
     )
     name = f"{at}/present/GatherND"
     carried = present if fits else f"{name}/output_0"
@@ -90,12 +109,13 @@ def make_rows(
 
 
 def window_rows(graph: Graph, at: str, rows: CarriedRows, every: str) -> str:
-    """The W rows before a call's first token and its own, [B, W + T, 2*kv_size]."""
+    """The W rows before a call's first token, its own, and one of zeros, [B, W + T + 1, 2*kv_size]."""
     return _last(graph, at, every, rows, rows.window, rows.width)
 
 
 def conv_rows(graph: Graph, at: str, rows: CarriedRows, every: str, kernel: int) -> str:
-    """v of the kernel - 1 rows before a call's first token and of its own, [B, kernel - 1 + T, kv_size]."""
+    """v of the kernel - 1 rows before a call's first token and of its own, [B, kernel - 1 + T, kv_size]; with a window
+    there is one more row behind them."""
     return _last(graph, at, every, rows, kernel - 1, rows.kv_size)
 
 
@@ -105,9 +125,9 @@ def _last(graph: Graph, at: str, every: str, rows: CarriedRows, before: int, wid
     if starts == [0, 0]:
         return every
     inputs = [every, graph.int64(starts), graph.int64([END, END]), graph.int64([1, 2])]
-    return graph.node("Slice", inputs, f"{at}/Slice", FLOAT, ["batch_size", _with_new(before), width])
+    return graph.node("Slice", inputs, f"{at}/Slice", FLOAT, ["batch_size", _with_new(rows, before), width])
 
 
-def _with_new(before: int) -> str:
-    """Name of the dimension of `before` + T rows; onnxruntime takes dimensions of one name for equal ones."""
-    return f"{before}+sequence_length"
+def _with_new(rows: CarriedRows, before: int) -> str:
+    """Name of the dimension of `before` + T rows and the zeros. onnxruntime takes dimensions of one name for equal."""
+    return f"{before + (rows.window > 0)}+sequence_length"

@@ -17,9 +17,9 @@ _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 SIGNATURES = {
     "dtr_linear_forward": [_P] * 12 + [_L] * 14 + [_I] * 4 + [_F, _I],
     "dtr_linear_backward": [_P] * 16 + [_L] * 7 + [_I] * 2 + [_F, _I],
-    "dtr_window_forward": [_P] * 11 + [_L] * 13 + [_I] * 4 + [_F, _I],
-    "dtr_window_backward": [_P] * 9 + [_L] * 5 + [_F, _I],
-    "dtr_window_step": [_P] * 8 + [_L] * 12 + [_I] * 3 + [_F, _I],
+    "dtr_window_forward": [_P] * 13 + [_L] * 13 + [_I] * 4 + [_F, _I],
+    "dtr_window_backward": [_P] * 13 + [_L] * 5 + [_F, _I],
+    "dtr_window_step": [_P] * 10 + [_L] * 12 + [_I] * 3 + [_F, _I],
     "dtr_unit_rows": [_P] * 2 + [_L] * 4 + [_I, _F, _I],
     "dtr_unit_rows_backward": [_P] * 3 + [_L] * 4 + [_I, _F, _I],
     "dtr_form_step": [_P] * 10 + [_L] * 6 + [_I] * 5,
@@ -27,8 +27,8 @@ SIGNATURES = {
     "dtr_silu_mul": [_P] * 2 + [_L] * 2 + [_I] * 2,
     "dtr_gates": [_P] * 5 + [_L] * 4 + [_I] * 3,
     "dtr_rotary": [_P] * 4 + [_L] * 4 + [_I] * 3,
-    "dtr_readout": [_P] * 5 + [_L] * 3 + [_I] * 2 + [_F, _I],
-    "dtr_readout_backward": [_P] * 9 + [_L] * 3 + [_I, _F, _I],
+    "dtr_readout": [_P] * 3 + [_L] * 3 + [_I, _F, _I],
+    "dtr_readout_backward": [_P] * 5 + [_L] * 3 + [_F, _I],
 }
 NO_MEMORY, BAD_INDEX = 1, 2  # simd.h
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -1,4 +1,4 @@
-"""What surrounds the operator, in C, with gradients: rotary embedding, L2 norm, read-out and mix.
+"""What surrounds the operator, in C, with gradients: rotary embedding, L2 norm, read-out.
 
 In torch each is a chain of passes over [tokens, heads, dim]; here it is one. Every function says what it computes; the
 caller has the torch formulation for other devices and for what `fits` refuses.
@@ -31,18 +31,14 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _Rotary.apply(x, cos, sin)  # type: ignore[no-untyped-call]
 
 
-def readout(
-    x: Tensor, gain: Tensor, window: Tensor | None, share: Tensor | None, epsilon: float, dtype: torch.dtype
-) -> Tensor:
-    """(1 - f) gain x / sqrt(mean(x^2) + epsilon) + f window, with f = share, or 0 without a window.
+def readout(x: Tensor, gain: Tensor, epsilon: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """gain x / sqrt(mean(x^2) + epsilon) over the last dimension. x [...,H,D], gain [H,D].
 
-    x, window [...,H,D], gain [H,D], share [H]. Returns `dtype`, float32 or bfloat16, where no gradient is wanted, else
-    float32.
+    Returns `dtype`, float32 or bfloat16, where no gradient is wanted, else float32.
     """
-    operands = (x, gain, window, share)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
-        return _Readout.apply(*operands, epsilon)  # type: ignore[no-untyped-call]
-    return _read(x, gain, window, share, epsilon, dtype)
+    if torch.is_grad_enabled() and (x.requires_grad or gain.requires_grad):
+        return _Readout.apply(x, gain, epsilon)  # type: ignore[no-untyped-call]
+    return _read(x, gain, epsilon, dtype)
 
 
 def beta_gate(hidden: Tensor, projection: nn.Linear) -> Tensor:
@@ -131,16 +127,13 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
     return out
 
 
-def _read(
-    x: Tensor, gain: Tensor, window: Tensor | None, share: Tensor | None, epsilon: float, dtype: torch.dtype
-) -> Tensor:
+def _read(x: Tensor, gain: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
     x, gain = x.float().contiguous(), gain.contiguous()
-    window, share = (None if t is None else t.contiguous() for t in (window, share))
     heads, dim = x.shape[-2:]
     out = torch.empty(x.shape, dtype=dtype)
     call(
-        "dtr_readout", *map(pointer, (x, gain, window, share, out)), x.numel() // (heads * dim), heads, dim,
-        0 if window is None else TYPES[window.dtype], TYPES[dtype], epsilon, torch.get_num_threads(),
+        "dtr_readout", *map(pointer, (x, gain, out)), x.numel() // (heads * dim), heads, dim, TYPES[dtype], epsilon,
+        torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -148,29 +141,21 @@ def _read(
 class _Readout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        x, gain, window, share, epsilon = arguments
+        x, gain, epsilon = arguments
         x = x.float().contiguous()
-        window = None if window is None else window.contiguous()
         ctx.epsilon = epsilon
-        ctx.save_for_backward(x, gain, window, share)
-        return _read(x, gain, window, share, epsilon, torch.float32)
+        ctx.save_for_backward(x, gain)
+        return _read(x, gain, epsilon, torch.float32)
 
     @staticmethod
     @once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, gain, window, share = ctx.saved_tensors
+        x, gain = ctx.saved_tensors
         grad_out, gain = grad_out.contiguous(), gain.contiguous()
         heads, dim = x.shape[-2:]
         grad_x, grad_gain = torch.empty_like(x), torch.empty_like(gain)
-        grad_window = grad_share = None
-        if window is not None:
-            grad_window, grad_share = torch.empty(window.shape, dtype=torch.float32), torch.empty_like(share)
         call(
-            "dtr_readout_backward",
-            *map(pointer, (x, gain, window, share, grad_out, grad_x, grad_gain, grad_window, grad_share)),
-            x.numel() // (heads * dim), heads, dim, 0 if window is None else TYPES[window.dtype], ctx.epsilon,
-            torch.get_num_threads(),
+            "dtr_readout_backward", *map(pointer, (x, gain, grad_out, grad_x, grad_gain)), x.numel() // (heads * dim),
+            heads, dim, ctx.epsilon, torch.get_num_threads(),
         )  # fmt: skip
-        if grad_window is not None:
-            grad_window = grad_window.to(window.dtype)
-        return grad_x, grad_gain, grad_window, grad_share, None
+        return grad_x, grad_gain, None

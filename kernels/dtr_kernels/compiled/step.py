@@ -19,7 +19,7 @@ class _FormStep(ctypes.Structure):
     """`FormStep` of step.c."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in (*GATES, "gain", "window_gate", "pool", "ring_k", "ring_v", "conv")),
+        *((name, ctypes.c_void_p) for name in (*GATES, "gain", "rest_logit", "pool", "ring_k", "ring_v", "conv")),
         *((name, ctypes.c_int64) for name in ("pool_stride", "ring_slot", "ring_row", "conv_stride", "pool_slots")),
         *((name, ctypes.c_int64) for name in ("heads", "group", "dim", "inputs", "window", "taps")),
         *((name, ctypes.c_int) for name in ("pool_type", "ring_type", "conv_type", "decay_kind", "unit")),
@@ -36,7 +36,7 @@ class StepPlan:
         decay: "none", "head" or "key": the form's log decay, by projection or given to each call.
         state: recurrent [S,Hkv,D,D] float32 or bfloat16; window_k and window_v [S,W,Hkv,D] if there is a window; conv
             [S,K-1,Hkv,D] for forms with a convolution. Updated in place by `run`.
-        gain: [Hq,D], window_gate: [Hq] or None, of the read-out; the window's share is sigmoid(window_gate).
+        gain: [Hq,D], of the read-out. rest_logit: [Hq] of the linear branch as a key of the window, or None.
         hidden_size: of the layer's input, which gates are projected from.
         unit_epsilon: None leaves q and k as they are, else they are L2-normalised for the linear branch.
 
@@ -51,7 +51,7 @@ class StepPlan:
         decay: str,
         state: Mapping[str, Tensor],
         gain: Tensor,
-        window_gate: Tensor | None,
+        rest_logit: Tensor | None,
         hidden_size: int,
         scale: float,
         unit_epsilon: float | None,
@@ -59,8 +59,8 @@ class StepPlan:
     ) -> None:
         pool, ring_k, ring_v, conv = (state.get(name) for name in ("recurrent", "window_k", "window_v", "conv"))
         assert pool is not None
-        self._kept = (*gates.values(), gain, window_gate, pool, ring_k, ring_v, conv)
-        named = {**{name: gates.get(name) for name in GATES}, "gain": gain, "window_gate": window_gate}
+        self._kept = (*gates.values(), gain, rest_logit, pool, ring_k, ring_v, conv)
+        named = {**{name: gates.get(name) for name in GATES}, "gain": gain, "rest_logit": rest_logit}
         pools = {"pool": pool, "ring_k": ring_k, "ring_v": ring_v, "conv": conv}
         query_heads, dim = gain.shape
         self._step = _FormStep(

@@ -2,9 +2,10 @@
 
 The mixer that owns a form keeps the large projections (q, k, v, o, biases, QK-norm, rotary embedding); the form turns
 their outputs into the operator's operands (`operands`, and `taps` where values are convolved first), the operator's
-output into a head's output (`readout`, `mix`), starts from what is known of the teacher (`start_from`) and says what
-one sequence's state is (`state_spec`). The Hugging Face model and the vLLM plugin use the same module, so that they
-cannot differ. A form holds no state: whoever runs it keeps the states, and convolves with `dtr_kernels.conv`.
+output into the linear branch (`readout`), which the window takes in as one more key (`rest`), starts from what is known
+of the teacher (`start_from`) and says what one sequence's state is (`state_spec`). The Hugging Face model and the vLLM
+plugin use the same module, so that they cannot differ. A form holds no state: whoever runs it keeps the states, and
+convolves with `dtr_kernels.conv`.
 
 Parameters are float32 in every engine: they are few, and decays and gates do not survive bfloat16.
 """
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dtr_kernels.compiled import rows, step
+from dtr_kernels.window import Rest
 
 NORM_EPS = 1e-6
 
@@ -68,12 +70,13 @@ class TeacherStatistics:
 
     distance: [Hkv] mean distance in tokens from a query to what it attends to, outside the window and without the
         first token (an attention sink is at every distance), averaged over a group's heads.
-    window_share: [Hq] share of attention mass within the window (0 for window 0).
+    rest_logit: [Hq] logarithm of the weights' sum outside the window, with which the window gets its mean share of the
+        attention (0 for window 0).
     output_rms: [Hq] root mean square of a head's attention output, before the output projection.
     """
 
     distance: Tensor
-    window_share: Tensor
+    rest_logit: Tensor
     output_rms: Tensor
 
 
@@ -85,12 +88,10 @@ class Form(nn.Module):
     decay_per_key: ClassVar[bool] = False
     # Taps of a causal convolution over v, which then needs this many rows less one as a state; 0 for none.
     conv_kernel: ClassVar[int] = 0
-    # Whether `readout` is the one below: then it, the mix and the rounding are one pass on a CPU.
-    rms_readout: ClassVar[bool] = True
     # `operands` L2-normalises q and k with this epsilon; None: they go in as they are.
     unit_epsilon: ClassVar[float | None] = None
     # parameter -> (kind of head its dimension counts, dimension); what is not here is replicated over ranks.
-    SHARD: ClassVar[dict[str, tuple[str, int]]] = {"out_gain": ("q", 0), "window_gate": ("q", 0)}
+    SHARD: ClassVar[dict[str, tuple[str, int]]] = {"out_gain": ("q", 0), "rest_logit": ("q", 0)}
 
     def __init__(self, config: FormConfig) -> None:
         super().__init__()
@@ -98,7 +99,7 @@ class Form(nn.Module):
         self.scale = config.head_dim**-0.5
         self.out_gain = nn.Parameter(torch.ones(config.num_heads, config.head_dim, dtype=torch.float32))
         if config.window:
-            self.window_gate = nn.Parameter(torch.zeros(config.num_heads, dtype=torch.float32))
+            self.rest_logit = nn.Parameter(torch.zeros(config.num_heads, dtype=torch.float32))
 
     @property
     def key_dim(self) -> int:
@@ -123,22 +124,15 @@ class Form(nn.Module):
     def readout(self, out: Tensor, hidden: Tensor) -> Tensor:
         """The operator's output [...,Hq,value_dim] -> the linear branch [...,Hq,D], float32. Here: RMS-normalised over
         D and scaled per head and channel; what the operator gives has no scale of its own."""
+        if rows.fits(out):
+            return rows.readout(out, self.out_gain, NORM_EPS)
         out = out.float()
         return out * torch.rsqrt(out.square().mean(-1, keepdim=True) + NORM_EPS) * self.out_gain
 
-    def mix(self, linear: Tensor, window: Tensor | None) -> Tensor:
-        """Branches [...,Hq,D] -> f window + (1 - f) linear with f = sigmoid(window_gate), float32."""
-        if window is None:
-            return linear
-        share = torch.sigmoid(self.window_gate)[:, None]
-        return share * window.float() + (1 - share) * linear
-
-    def output(self, out: Tensor, hidden: Tensor, window: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """`mix` of the `readout` of the operator's output and the window branch, [...,Hq,D] in `dtype`."""
-        if self.rms_readout and rows.fits(out) and dtype in rows.OUT_DTYPES and (window is None or rows.fits(window)):
-            share = None if window is None else torch.sigmoid(self.window_gate)
-            return rows.readout(out, self.out_gain, window, share, NORM_EPS, dtype).to(dtype)
-        return self.mix(self.readout(out, hidden), window).to(dtype)
+    def rest(self, linear: Tensor) -> Rest:
+        """The linear branch [...,Hq,D] as one more key of the window's softmax: the heads' output is then what
+        `window_attention` returns. Without a window it is the linear branch itself."""
+        return Rest(self.rest_logit, linear)
 
     def step_gates(self) -> dict[str, Tensor] | None:
         """What `compiled.step` projects this form's decay and beta from hidden with; None: it has no such step."""
@@ -149,9 +143,9 @@ class Form(nn.Module):
         return None
 
     def bind_step(self, state: Mapping[str, Tensor], dtype: torch.dtype) -> step.StepPlan | None:
-        """A decoding step on a CPU, `taps` and `operands` to `output` and all states in one call, over `state`: pools
-        by the names of `state_spec`. dtype: the model's. None where there is none: decode operator by operator then. To
-        be made again when weights or pools are replaced by other tensors."""
+        """A decoding step on a CPU, `taps` and `operands` to the heads' output and all states in one call, over
+        `state`: pools by the names of `state_spec`. dtype: the model's. None where there is none: decode operator by
+        operator then. To be made again when weights or pools are replaced by other tensors."""
         gates = self.step_gates()
         if gates is None or not step.fits(state, dtype, self.config.hidden_size):
             return None
@@ -161,7 +155,7 @@ class Form(nn.Module):
             decay="none" if not decays else "key" if self.decay_per_key else "head",
             state=state,
             gain=self.out_gain,
-            window_gate=self.window_gate if self.config.window else None,
+            rest_logit=self.rest_logit if self.config.window else None,
             hidden_size=self.config.hidden_size,
             scale=self.scale,
             unit_epsilon=self.unit_epsilon,
@@ -192,7 +186,7 @@ class Form(nn.Module):
         """Set start values from the teacher, so that training begins near it."""
         self.out_gain.copy_(statistics.output_rms.clamp_min(1e-3)[:, None].expand_as(self.out_gain))
         if self.config.window:
-            self.window_gate.copy_(torch.logit(statistics.window_share.clamp(0.05, 0.95)))
+            self.rest_logit.copy_(statistics.rest_logit)
 
     def state_spec(self, dtype: torch.dtype) -> dict[str, TensorSpec]:
         """State of one sequence; `dtype` is the model's, which rows of keys and values are kept in: the window's, and

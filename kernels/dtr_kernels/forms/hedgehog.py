@@ -23,12 +23,12 @@ class Hedgehog(Form):
 
     The branch is a weighted mean of values, as the teacher's attention is: `readout` divides and leaves the scale,
     which an RMS norm would throw away, and gains start at 1. LoLCATs puts window and linear branch under one
-    normaliser; here the learned gate of each head mixes them, as in every form.
+    normaliser, the sum of the feature maps' weights; here the linear branch has a learned logit of each head, as in
+    every form.
     """
 
     name: ClassVar[str] = "hedgehog"
     rule: ClassVar[str] = "linear"
-    rms_readout: ClassVar[bool] = False
     SHARD: ClassVar[dict[str, tuple[str, int]]] = {**Form.SHARD, "query_map": ("q", 0), "key_map": ("kv", 0)}
 
     def __init__(self, config: FormConfig) -> None:

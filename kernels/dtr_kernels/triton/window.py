@@ -4,6 +4,9 @@ A ring [S,W,Hkv,D] holds the token at position p in row p % W. Softmax does not 
 is read as it lies. Query heads of a kv head are more rows of one product; the softmax runs along blocks of keys with a
 running maximum, in float32. Products have operands in the ring's dtype (float32 ones are exact, not TF32).
 
+One more key, `window.Rest`, is where the running softmax starts: its logit is the first maximum, its value the first
+sum.
+
 The prefill reads the old ring and writes the new one in two launches, since other programs' queries still need what
 one would overwrite.
 """
@@ -16,6 +19,7 @@ from torch import Tensor
 from dtr_kernels.triton.arithmetic import narrowed, product
 from dtr_kernels.triton.chunk_plan import ChunkPlan, chunk_of, chunk_plan
 from dtr_kernels.triton.operands import INPUT_DTYPES, contiguous_last, padded, slot_stride
+from dtr_kernels.window import Rest
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 CHUNK = 64
@@ -38,6 +42,7 @@ def window_attention_prefill(
     slots: Tensor,
     cu_seqlens: Tensor,
     start: Tensor,
+    rest: Rest | None = None,
     plan: ChunkPlan | None = None,
 ) -> Tensor:
     """Prefill of R ragged sequences with ring caches, in place. No host synchronisation; no gradient.
@@ -48,6 +53,7 @@ def window_attention_prefill(
         slots: [R] integers on the device. A slot <= 0 leaves the rings as they are and gives zeros.
         cu_seqlens: [R+1]; start: [R], position of each sequence's first token here, 0 = nothing cached. On either
             device; from pageable host memory the copy may wait for the stream.
+        rest: one more key; logit [Hq] and value [N,Hq,D], float32.
         plan: of `plan_of_window` for the same pack, to build it once for many layers.
 
     Returns:
@@ -56,7 +62,7 @@ def window_attention_prefill(
     Raises:
         ValueError: operands that do not fit one another.
     """
-    _check(q, k, v, window, ring_k, ring_v, slots, slots.numel())
+    _check(q, k, v, window, ring_k, ring_v, slots, slots.numel(), rest)
     tokens, heads, dim = q.shape
     kv_heads, sequences, device = k.shape[1], slots.numel(), q.device
     if cu_seqlens.numel() != sequences + 1 or start.numel() != sequences:
@@ -80,10 +86,12 @@ def window_attention_prefill(
     strides = (k.stride(0), k.stride(1), v.stride(0), v.stride(1), slot_stride(ring_k), slot_stride(ring_v))
     sizes = dict(HKV=kv_heads, D=dim, W=window, BD=padded(dim))
     group = heads // kv_heads
+    rest_logit, rest_value = _floats(rest)
     window_prefill_kernel[(plan.chunks, triton.cdiv(plan.chunk * group, block_m), kv_heads)](
-        q, k, v, ring_k, ring_v, plan.table, slots, plan.cu_seqlens, start, out, float(scale), plan.chunks, sequences,
+        q, k, v, ring_k, ring_v, plan.table, slots, plan.cu_seqlens, start, rest_logit, rest_value, out, float(scale),
+        plan.chunks, sequences,
         q.stride(0), q.stride(1), *strides,
-        G=group, C=plan.chunk, BM=block_m, BN=block_n, DOT=DTYPES[ring_k.dtype], **sizes,
+        G=group, C=plan.chunk, BM=block_m, BN=block_n, DOT=DTYPES[ring_k.dtype], REST=rest is not None, **sizes,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     block_w = min(4096 // padded(dim), triton.next_power_of_2(window))
@@ -104,13 +112,15 @@ def window_attention_decode(
     ring_v: Tensor,
     slots: Tensor,
     positions: Tensor,
+    rest: Rest | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Decoding: one token for R sequences with ring caches, in place. No host synchronisation, and no allocation but
     `out`, so that a CUDA graph can hold it.
 
     q [R,Hq,D], k, v [R,Hkv,D], ring_k, ring_v [S,W,Hkv,D] (contiguous but for the first dimension), slots [R],
-    positions [R] of the tokens, all on the device. Null slots (<= 0) change nothing and give zeros.
+    positions [R] of the tokens, rest (one more key: logit [Hq] and value [R,Hq,D], float32), all on the device. Null
+    slots (<= 0) change nothing and give zeros.
 
     Returns:
         out [R,Hq,D] in q's dtype, or the contiguous `out` that was given.
@@ -118,7 +128,7 @@ def window_attention_decode(
     Raises:
         ValueError: operands that do not fit one another.
     """
-    _check(q, k, v, window, ring_k, ring_v, slots, q.shape[0])
+    _check(q, k, v, window, ring_k, ring_v, slots, q.shape[0], rest)
     rows, heads, dim = q.shape
     kv_heads = k.shape[1]
     if positions.shape != slots.shape:
@@ -131,12 +141,13 @@ def window_attention_decode(
         return out
     q, k, v = contiguous_last(q), contiguous_last(k), contiguous_last(v)
     block_n, warps, stages = _blocks(dim, window, ring_k.dtype)
+    rest_logit, rest_value = _floats(rest)
     window_decode_kernel[(rows, kv_heads)](
-        q, k, v, ring_k, ring_v, slots, positions, out, float(scale),
+        q, k, v, ring_k, ring_v, slots, positions, rest_logit, rest_value, out, float(scale),
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         slot_stride(ring_k), slot_stride(ring_v), slots.stride(0), positions.stride(0),
         HKV=kv_heads, G=heads // kv_heads, GP=padded(heads // kv_heads), D=dim, W=window, BD=padded(dim),
-        BN=block_n, DOT=DTYPES[ring_k.dtype], num_warps=warps, num_stages=stages,
+        BN=block_n, DOT=DTYPES[ring_k.dtype], REST=rest is not None, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
 
@@ -150,8 +161,20 @@ def _blocks(dim: int, window: int, dtype: torch.dtype) -> tuple[int, int, int]:
     return min(padded(window), keys), warps, stages
 
 
+def _floats(rest: Rest | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if rest is None else (rest.logit.float().contiguous(), rest.value.float().contiguous())
+
+
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, window: int, ring_k: Tensor, ring_v: Tensor, slots: Tensor, sequences: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    ring_k: Tensor,
+    ring_v: Tensor,
+    slots: Tensor,
+    sequences: int,
+    rest: Rest | None,
 ) -> None:
     if q.ndim != 3 or k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[1] % k.shape[1]:
         raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
@@ -165,6 +188,11 @@ def _check(
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dtype not in INPUT_DTYPES:
             raise ValueError(f"{name} is {tensor.dtype}: accepted are {', '.join(map(str, INPUT_DTYPES))}")
+    if rest is not None and (rest.logit.shape != q.shape[1:2] or rest.value.shape != q.shape):
+        raise ValueError(
+            f"rest has logit {tuple(rest.logit.shape)} and value {tuple(rest.value.shape)}, expected"
+            f" {tuple(q.shape[1:2])} and {tuple(q.shape)}"
+        )
     if slots.shape != (sequences,):
         raise ValueError(f"slots have shape {tuple(slots.shape)}, expected ({sequences},)")
 
@@ -183,10 +211,10 @@ def _attend(acc, top, total, queries, keys, values, seen, scale, DOT: tl.constex
 
 @triton.jit(do_not_specialize=["scale", "chunks", "sequences"])
 def window_prefill_kernel(
-    q, k, v, ring_k, ring_v, table, slots, borders, starts, out, scale, chunks, sequences,
+    q, k, v, ring_k, ring_v, table, slots, borders, starts, rest_logit, rest_value, out, scale, chunks, sequences,
     stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_rk, stride_rv,
     HKV: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr,
-    G: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+    G: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks, blocks of C G rows, Hkv). Row m is token m // G of the chunk, query head m % G of the kv head."""
     begin, end, live = chunk_of(table, slots, chunks, sequences)
@@ -198,7 +226,8 @@ def window_prefill_kernel(
     t_row, h_row = begin + m // G, h * G + m % G
     real_row, real_d = (m // G < C) & (t_row < end), d < D
     at_row = real_row[:, None] & real_d[None, :]
-    to_out = out + (t_row.to(tl.int64)[:, None] * (HKV * G) + h_row[:, None]) * D + d[None, :]
+    to_head = (t_row.to(tl.int64)[:, None] * (HKV * G) + h_row[:, None]) * D + d[None, :]
+    to_out = out + to_head
     if live == 0:
         tl.store(to_out, tl.zeros([BM, BD], out.dtype.element_ty), mask=at_row)
         return
@@ -208,6 +237,9 @@ def window_prefill_kernel(
     to_q = q + t_row.to(tl.int64)[:, None] * stride_q + h_row[:, None] * stride_qh + d[None, :]
     queries = tl.load(to_q, mask=at_row, other=0.0)
     acc, top, total = tl.zeros([BM, BD], tl.float32), tl.full([BM], -1e30, tl.float32), tl.zeros([BM], tl.float32)
+    if REST:
+        acc = tl.load(rest_value + to_head, mask=at_row, other=0.0)
+        top, total = tl.load(rest_logit + h_row), total + 1.0
     earliest = begin + (tl.program_id(1) * BM) // G
     latest = tl.minimum(begin + (tl.program_id(1) * BM + BM - 1) // G + 1, end)
     # Positions in the ring: before `start`, and at most W - 1 before the block's first token.
@@ -257,17 +289,18 @@ def ring_write_kernel(
 
 @triton.jit(do_not_specialize=["scale"])
 def window_decode_kernel(
-    q, k, v, ring_k, ring_v, slots, positions, out, scale,
+    q, k, v, ring_k, ring_v, slots, positions, rest_logit, rest_value, out, scale,
     stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_rk, stride_rv, stride_slots, stride_positions,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
-    BD: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+    BD: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """Grid (R, Hkv). The new token's row is taken from k and v and not from the ring, which it is written to."""
     r, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     member, d, j = tl.arange(0, GP), tl.arange(0, BD), tl.arange(0, BN)
     real_d = d < D
     at_row = (member < G)[:, None] & real_d[None, :]
-    to_out = out + (r * (HKV * G) + h * G + member[:, None]) * D + d[None, :]
+    to_head = (r * (HKV * G) + h * G + member[:, None]) * D + d[None, :]
+    to_out = out + to_head
     slot = tl.load(slots + r * stride_slots).to(tl.int64)
     if slot <= 0:
         tl.store(to_out, tl.zeros([GP, BD], out.dtype.element_ty), mask=at_row)
@@ -282,6 +315,9 @@ def window_decode_kernel(
     ring_k += slot * stride_rk + h * D
     ring_v += slot * stride_rv + h * D
     acc, top, total = tl.zeros([GP, BD], tl.float32), tl.full([GP], -1e30, tl.float32), tl.zeros([GP], tl.float32)
+    if REST:
+        acc = tl.load(rest_value + to_head, mask=at_row, other=0.0)
+        top, total = tl.load(rest_logit + h * G + member, mask=member < G, other=0.0), total + 1.0
     for w0 in range(0, filled, BN):
         w = w0 + j
         old = ((w < filled) & (w != own))[:, None] & real_d[None, :]

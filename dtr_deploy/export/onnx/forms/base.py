@@ -2,7 +2,7 @@
 and from the operator's output to the linear branch.
 
 The emitter writes `Form.operands` and `Form.readout` as nodes, and `Form.taps` where values are convolved first; the
-operator, the states and the mix with the window are the same for all forms and written once, in `mixer.py`. Everything
+operator, the states and the window are the same for all forms and written once, in `mixer.py`. Everything
 here is float32.
 """
 
@@ -106,12 +106,11 @@ class FormEmitter:
         form has taps. hidden [B,T,hidden], "" for a form that does not read it."""
         raise NotImplementedError
 
-    def read_out(self, out: str, gain: torch.Tensor) -> str:
-        """The operator's output [B,T,padded heads*Dv] -> the linear branch times gain [Hq,D], [B,T,Hq*D]. Here: RMS
-        norm over D."""
+    def read_out(self, out: str) -> str:
+        """The operator's output [B,T,padded heads*Dv] -> the linear branch [B,T,Hq,D]. Here: RMS norm over D."""
         heads, dim = self.heads, self.heads.head_dim
-        stored = self.graph.initializer(gain, f"{parameter_name(self.at)}.read_out.gain")
-        normed = self.graph.node(
+        stored = self.graph.initializer(self.form.out_gain, f"{parameter_name(self.at)}.read_out.gain")
+        return self.graph.node(
             "RMSNormalization",
             [self.kept_heads(out, dim), stored],
             f"{self.at}/read_out/RMSNormalization",
@@ -120,7 +119,6 @@ class FormEmitter:
             axis=-1,
             epsilon=NORM_EPS,
         )
-        return self.flat_heads(normed)
 
     def kept_heads(self, out: str, dim: int) -> str:
         """[B,T,padded heads*dim] -> [B,T,Hq,dim]."""

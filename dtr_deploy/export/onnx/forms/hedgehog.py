@@ -62,7 +62,7 @@ class HedgehogEmitter(FormEmitter):
         v = graph.reshape(by_head, [0, 0, size], f"{at}/v/Reshape_1", FLOAT, [*LEAD, size])
         return OperandNames(q, k, v, "", "")
 
-    def read_out(self, out: str, gain: torch.Tensor) -> str:
+    def read_out(self, out: str) -> str:
         graph, at, heads = self.graph, f"{self.at}/read_out", self.heads
         dim, values = heads.head_dim, self.state_dims(heads.head_dim)[1]
         sizes = [dim, 1, values - dim - 1]
@@ -75,5 +75,5 @@ class HedgehogEmitter(FormEmitter):
         normaliser = graph.node("Max", [normaliser, smallest], f"{at}/Max", FLOAT, shape)
         shape = [*LEAD, heads.q_heads, dim]
         mean = graph.node("Div", [total, normaliser], f"{at}/Div", FLOAT, shape)
-        stored = graph.initializer(gain, f"{parameter_name(at)}.gain")
-        return self.flat_heads(graph.node("Mul", [mean, stored], f"{at}/Mul", FLOAT, shape))
+        stored = graph.initializer(self.form.out_gain, f"{parameter_name(at)}.gain")
+        return graph.node("Mul", [mean, stored], f"{at}/Mul", FLOAT, shape)

@@ -1,4 +1,4 @@
-/* What surrounds the operator, one head's row at a time, with gradients: rotary embedding, L2 norm, read-out and mix.
+/* What surrounds the operator, one head's row at a time, with gradients: rotary embedding, L2 norm, read-out.
  *
  * In torch each of these is a chain of passes over [tokens, heads, dim] through memory; here it is one. */
 #include "simd.h"
@@ -90,70 +90,52 @@ int dtr_gates(const void *h, const float *weight, const float *bias, const float
     return DONE;
 }
 
-/* out = (1 - f) gain x / rms(x) + f window; without a window f is 0. x [tokens, heads, dim] float, window any type,
- * gain [heads, dim], share f [heads], rms with epsilon inside the root. out float or bfloat16. */
-int dtr_readout(const float *x, const float *gain, const void *window, const float *share, void *out, int64_t tokens,
-                 int64_t heads, int64_t dim, int window_type, int out_type, float epsilon, int threads) {
+/* out = gain x / rms(x). x [tokens, heads, dim] float, gain [heads, dim], rms with epsilon inside the root. out float or
+ * bfloat16. */
+int dtr_readout(const float *x, const float *gain, void *out, int64_t tokens, int64_t heads, int64_t dim, int out_type,
+                float epsilon, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t t = 0; t < tokens; t++) {
-        float near[MAX_DIM], mixed[MAX_DIM];
+        float scaled[MAX_DIM];
         for (int64_t h = 0; h < heads; h++) {
             const int64_t offset = (t * heads + h) * dim;
             const float *row = x + offset, *g = gain + h * dim;
-            const float f = window ? share[h] : 0.0f;
-            const float scale = (1.0f - f) / sqrtf(dot(row, row, dim) / (float)dim + epsilon);
-            for (int64_t i = 0; i < dim; i++) mixed[i] = scale * row[i] * g[i];
-            if (window) {
-                widen(near, at(window, window_type, offset), window_type, dim);
-                for (int64_t i = 0; i < dim; i++) mixed[i] += f * near[i];
-            }
-            narrow((char *)out + offset * bytes_of(out_type), out_type, mixed, dim);
+            const float scale = 1.0f / sqrtf(dot(row, row, dim) / (float)dim + epsilon);
+            for (int64_t i = 0; i < dim; i++) scaled[i] = scale * row[i] * g[i];
+            narrow((char *)out + offset * bytes_of(out_type), out_type, scaled, dim);
         }
     }
     return DONE;
 }
 
-/* With n = x / rms(x), z = gain n, dz = (1 - f) dy: dgain = sum dz n, dn = gain dz, dx = (dn - n mean(n dn)) / rms(x),
- * dwindow = f dy, df = sum dy (window - z). */
-int dtr_readout_backward(const float *x, const float *gain, const void *window, const float *share, const float *grad_out,
-                         float *grad_x, float *grad_gain, float *grad_window, float *grad_share, int64_t tokens,
-                         int64_t heads, int64_t dim, int window_type, float epsilon, int threads) {
+/* With n = x / rms(x): dgain = sum dy n, dn = gain dy, dx = (dn - n mean(n dn)) / rms(x). */
+int dtr_readout_backward(const float *x, const float *gain, const float *grad_out, float *grad_x, float *grad_gain,
+                         int64_t tokens, int64_t heads, int64_t dim, float epsilon, int threads) {
     /* Sums over tokens in fixed parts, added up in order: the same result in every run. */
-    const int64_t parts = MIN(tokens, 64), size = heads * (dim + 1);
+    const int64_t parts = MIN(tokens, 64), size = heads * dim;
     float *sums = calloc((size_t)MAX(1, parts * size), 4);
     if (!sums) return NO_MEMORY;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t part = 0; part < parts; part++) {
-        float near[MAX_DIM], n[MAX_DIM], dn[MAX_DIM];
-        float *sum_gain = sums + part * size, *sum_share = sum_gain + heads * dim;
+        float n[MAX_DIM], dn[MAX_DIM];
+        float *sum = sums + part * size;
         for (int64_t t = tokens * part / parts; t < tokens * (part + 1) / parts; t++)
             for (int64_t h = 0; h < heads; h++) {
                 const int64_t offset = (t * heads + h) * dim;
                 const float *row = x + offset, *dy = grad_out + offset, *g = gain + h * dim;
-                const float f = window ? share[h] : 0.0f;
                 const float scale = 1.0f / sqrtf(dot(row, row, dim) / (float)dim + epsilon);
                 for (int64_t i = 0; i < dim; i++) {
                     n[i] = scale * row[i];
-                    dn[i] = (1.0f - f) * dy[i];
-                    sum_gain[h * dim + i] += dn[i] * n[i];
-                    dn[i] *= g[i];
+                    sum[h * dim + i] += dy[i] * n[i];
+                    dn[i] = g[i] * dy[i];
                 }
                 const float along = dot(n, dn, dim) / (float)dim;
                 for (int64_t i = 0; i < dim; i++) grad_x[offset + i] = scale * (dn[i] - along * n[i]);
-                if (window) {
-                    widen(near, at(window, window_type, offset), window_type, dim);
-                    for (int64_t i = 0; i < dim; i++) grad_window[offset + i] = f * dy[i];
-                    for (int64_t i = 0; i < dim; i++) near[i] -= g[i] * n[i];
-                    sum_share[h] += dot(dy, near, dim);
-                }
             }
     }
-    memset(grad_gain, 0, (size_t)(heads * dim) * 4);
-    if (window) memset(grad_share, 0, (size_t)heads * 4);
-    for (int64_t part = 0; part < parts; part++) {
-        for (int64_t i = 0; i < heads * dim; i++) grad_gain[i] += sums[part * size + i];
-        for (int64_t h = 0; window && h < heads; h++) grad_share[h] += sums[part * size + heads * dim + h];
-    }
+    memset(grad_gain, 0, (size_t)size * 4);
+    for (int64_t part = 0; part < parts; part++)
+        for (int64_t i = 0; i < size; i++) grad_gain[i] += sums[part * size + i];
     free(sums);
     return DONE;
 }

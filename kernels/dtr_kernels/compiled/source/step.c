@@ -6,14 +6,13 @@
 int dtr_unit_rows(const void *, float *, int64_t, int64_t, int64_t, int64_t, int, float, int);
 int dtr_gates(const void *, const float *, const float *, const float *, float *, int64_t, int64_t, int64_t, int64_t, int,
               int, int);
-int dtr_readout(const float *, const float *, const void *, const float *, void *, int64_t, int64_t, int64_t, int, int,
-                float, int);
+int dtr_readout(const float *, const float *, void *, int64_t, int64_t, int64_t, int, float, int);
 int dtr_linear_forward(const void *, const void *, const void *, const float *, const float *, float *, void *,
                        const int64_t *, const int64_t *, const uint8_t *, float *, float *, int64_t, int64_t, int64_t,
                        int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
                        int, int, int, int, float, int);
-int dtr_window_step(const void *, const void *, const void *, void *, void *, const int64_t *, const int64_t *, void *,
-                    int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+int dtr_window_step(const void *, const void *, const void *, void *, void *, const int64_t *, const int64_t *,
+                    const float *, const float *, void *, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
                     int64_t, int, int, int, float, int);
 
 /* Multiply-adds of a step below which one thread does it all, some 10 microseconds: waking another costs as much, and
@@ -22,10 +21,10 @@ int dtr_window_step(const void *, const void *, const void *, void *, void *, co
 
 /* A layer's weights and pools. `compiled/step.py` has the same struct; sizes in elements, strides of a slot or a row.
  * decay_weight, beta_weight: projections of hidden (see dtr_gates; the rate is exp(log_rate)), NULL for forms without.
- * conv [S,taps-1,Hkv,D]: the rows of v that a convolution of `taps` still needs; taps 0: none. window 0: no rings, else
- * its share of the mix is sigmoid(window_gate). unit: q and k are L2-normalised for the linear branch. */
+ * conv [S,taps-1,Hkv,D]: the rows of v that a convolution of `taps` still needs; taps 0: none. window 0: no rings; else
+ * the linear branch is one more key of the window, with the logits rest_logit. unit: q and k are L2-normalised for the linear branch. */
 typedef struct {
-    const float *decay_weight, *decay_bias, *log_rate, *beta_weight, *beta_bias, *gain, *window_gate;
+    const float *decay_weight, *decay_bias, *log_rate, *beta_weight, *beta_bias, *gain, *rest_logit;
     void *pool, *ring_k, *ring_v, *conv;
     int64_t pool_stride, ring_slot, ring_row, conv_stride, pool_slots, heads, group, dim, inputs, window, taps;
     int pool_type, ring_type, conv_type, decay_kind, unit;
@@ -64,13 +63,13 @@ int dtr_form_step(const FormStep *s, const void *q, const void *k, const void *v
                   int64_t tokens, int type, int hidden_type, int wide_slots, int out_type, int threads) {
     const int64_t heads = s->heads, group = s->group, dim = s->dim, window = s->window;
     const int64_t q_size = tokens * heads * group * dim, kv_size = tokens * heads * dim, gate_size = tokens * heads;
-    float *work = scratch(3 * q_size + 2 * kv_size + 2 * gate_size + 2 * heads * dim + heads * (group + 1) +
+    float *work = scratch(3 * q_size + 2 * kv_size + 2 * gate_size + 2 * heads * dim + heads +
                           2 * (2 * tokens + 2));
     if (!work) return NO_MEMORY;
     float *queries = work, *keys = queries + q_size, *writes = keys + kv_size, *linear = writes + kv_size;
-    float *near = linear + q_size, *decays = near + q_size, *betas = decays + gate_size, *row = betas + gate_size;
-    float *rate = row + 2 * heads * dim, *share = rate + heads;
-    int64_t *borders = (int64_t *)(((uintptr_t)(share + heads * group) + 7) / 8 * 8), *places = borders + tokens + 1;
+    float *rest = linear + q_size, *decays = rest + q_size, *betas = decays + gate_size, *row = betas + gate_size;
+    float *rate = row + 2 * heads * dim;
+    int64_t *borders = (int64_t *)(((uintptr_t)(rate + heads) + 7) / 8 * 8), *places = borders + tokens + 1;
     int result = DONE;
     for (int64_t t = 0; t <= tokens; t++) borders[t] = t;
     for (int64_t t = 0; t < tokens; t++) {
@@ -82,7 +81,6 @@ int dtr_form_step(const FormStep *s, const void *q, const void *k, const void *v
         return result;
     }
     for (int64_t h = 0; s->decay_weight && h < heads; h++) rate[h] = expf(s->log_rate[h]);
-    for (int64_t h = 0; window && h < heads * group; h++) share[h] = 1.0f / (1.0f + expf(-s->window_gate[h]));
     const int few = tokens < 4 ? 1 : threads; /* for what goes row by row */
     const int many = kv_size * (group + 3) * dim < WORTH_A_THREAD ? 1 : threads;
     if (s->unit) {
@@ -111,13 +109,13 @@ int dtr_form_step(const FormStep *s, const void *q, const void *k, const void *v
                                 borders, NULL, NULL, NULL, heads * group * dim, heads * dim, heads * dim, s->pool_stride,
                                 tokens, heads, group, dim, dim, 1, 0, 0, s->pool_slots, tokens, FLOAT32, s->pool_type,
                                 s->decay_kind, s->beta_weight != NULL, s->scale, many);
-    if (!result && window)
-        result = dtr_window_step(q, k, v, s->ring_k, s->ring_v, places, positions, near, q_stride, k_stride, v_stride,
-                                 s->ring_slot, s->ring_row, tokens, heads, group, dim, window, 0, s->pool_slots, type,
-                                 s->ring_type, FLOAT32, 1.0f / sqrtf((float)dim), many);
     if (!result)
-        dtr_readout(linear, s->gain, window ? near : NULL, share, out, tokens, heads * group, dim, FLOAT32, out_type,
+        dtr_readout(linear, s->gain, window ? rest : out, tokens, heads * group, dim, window ? FLOAT32 : out_type,
                     s->norm_epsilon, few);
+    if (!result && window)
+        result = dtr_window_step(q, k, v, s->ring_k, s->ring_v, places, positions, s->rest_logit, rest, out, q_stride,
+                                 k_stride, v_stride, s->ring_slot, s->ring_row, tokens, heads, group, dim, window, 0,
+                                 s->pool_slots, type, s->ring_type, out_type, 1.0f / sqrtf((float)dim), many);
     free(work);
     return result;
 }

@@ -10,6 +10,7 @@ static void run_segment(const Window *w, int64_t sequence, int64_t head, int64_t
     const int64_t rows = rows_before(w) + whole_lanes(to - from);
     float *k = work, *v = k + rows * padded, *kt = v + rows * padded, *bias = kt + rows * padded;
     float *band = bias + rows, *q = band + LANES * keys, *p = q + group * LANES * padded, *o = p + group * LANES * keys;
+    float *rest = o + group * LANES * padded;
     gather(w, sequence, head, from, to, k, v, bias);
     transpose(k, rows, padded, kt);
     make_band(w, band);
@@ -18,18 +19,22 @@ static void run_segment(const Window *w, int64_t sequence, int64_t head, int64_t
         gather_block(w->q, w->type, token * w->q_stride + head * group * dim, w->q_stride, group, dim, tokens, w->scale, q);
         const int64_t skip = missing_keys(w, sequence, from + block), near = block + skip, seen = keys - skip;
         product(group * LANES, seen, dim, q, padded, 1, kt + near, rows, p, keys, 0);
-        softmax(p, group, seen, keys, band + skip, bias + near);
+        softmax(p, group, seen, keys, band + skip, bias + near, rest_logits(w, head), rest);
         product(group * LANES, padded, seen, p, keys, 1, v + near * padded, padded, o, padded, 0);
         for (int64_t g = 0; g < group; g++)
-            for (int64_t c = 0; c < tokens; c++)
-                narrow((char *)out + (((token + c) * w->heads + head) * group + g) * dim * bytes_of(out_type), out_type,
-                       o + (g * LANES + c) * padded, dim);
+            for (int64_t c = 0; c < tokens; c++) {
+                const int64_t row = g * LANES + c, offset = (((token + c) * w->heads + head) * group + g) * dim;
+                float *mean = o + row * padded;
+                if (w->rest_logit)
+                    for (int64_t d = 0; d < dim; d++) mean[d] += rest[row] * w->rest_value[offset + d];
+                narrow((char *)out + offset * bytes_of(out_type), out_type, mean, dim);
+            }
     }
 }
 
 static int64_t scratch_floats(const Window *w) {
     const int64_t padded = whole_lanes(w->dim), rows = rows_before(w) + SEGMENT, keys = keys_of_block(w);
-    return 3 * rows * padded + rows + LANES * keys + w->group * LANES * (2 * padded + keys);
+    return 3 * rows * padded + rows + LANES * keys + w->group * LANES * (2 * padded + keys + 1);
 }
 
 /* Put the last tokens of each sequence into its ring. */
@@ -49,12 +54,13 @@ static void write_ring(const Window *w, int64_t sequence, void *ring_k, void *ri
 /* R ragged sequences. With `ring`, past_k and past_v are rings [S,W,Hkv,D] that take the new tokens; else they are only
  * read and may be NULL. Slots <= null_slot: zeros in `out`, ring as it was. */
 int dtr_window_forward(const void *q, const void *k, const void *v, void *past_k, void *past_v, const uint8_t *past_valid,
-                       const uint8_t *mask, const int64_t *slots, const int64_t *borders, const int64_t *start, void *out,
-                       int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t past_slot, int64_t past_row,
-                       int64_t sequences, int64_t heads, int64_t group, int64_t dim, int64_t window, int64_t null_slot,
-                       int64_t pool_slots, int64_t tokens, int type, int past_type, int out_type, int ring, float scale, int threads) {
+                       const uint8_t *mask, const int64_t *slots, const int64_t *borders, const int64_t *start,
+                       const float *rest_logit, const float *rest_value, void *out, int64_t q_stride, int64_t k_stride,
+                       int64_t v_stride, int64_t past_slot, int64_t past_row, int64_t sequences, int64_t heads, int64_t group,
+                       int64_t dim, int64_t window, int64_t null_slot, int64_t pool_slots, int64_t tokens, int type,
+                       int past_type, int out_type, int ring, float scale, int threads) {
     const Window w = {q, k, v, past_k, past_v, past_valid, mask, slots, borders, start, q_stride, k_stride, v_stride,
-                      past_slot, past_row, heads, group, dim, window, type, past_type, ring, scale};
+                      past_slot, past_row, heads, group, dim, window, type, past_type, ring, scale, rest_logit, rest_value};
     if (!fits(slots, borders, sequences, pool_slots, tokens)) return BAD_INDEX;
     int64_t *segments = malloc((size_t)(sequences + 1) * sizeof(int64_t));
     if (!segments) return NO_MEMORY;
@@ -111,7 +117,7 @@ static void run_step(const Window *w, int64_t row, int64_t head, int64_t positio
     for (int64_t g = 0; g < group; g++) {
         widen(q, at(w->q, w->type, row * w->q_stride + (head * group + g) * dim), w->type, dim);
         for (int64_t d = dim; d < padded; d++) q[d] = 0.0f;
-        float best = MASKED;
+        float best = w->rest_logit ? w->rest_logit[head * group + g] : MASKED;
         for (int64_t m = 0; m < filled; m++) {
             vec sum = {0};
             for (int64_t d = 0; d < padded; d += LANES) sum += *(vec *)(q + d) * *(vec *)(keys + m * padded + d);
@@ -125,7 +131,9 @@ static void run_step(const Window *w, int64_t row, int64_t head, int64_t positio
             store(p + m, e);
             total += e;
         }
-        const float share = 1.0f / sum_lanes(total);
+        const int64_t to = ((row * w->heads + head) * group + g) * dim;
+        const float outside = w->rest_logit ? expf(w->rest_logit[head * group + g] - best) : 0.0f;
+        const float share = 1.0f / (sum_lanes(total) + outside);
         for (int64_t d = 0; d < padded; d += LANES) {
             vec even = {0}, odd = {0};
             int64_t m = 0;
@@ -136,20 +144,22 @@ static void run_step(const Window *w, int64_t row, int64_t head, int64_t positio
             if (m < filled) even += p[m] * *(vec *)(values + m * padded + d);
             store(o + d, share * (even + odd));
         }
-        narrow((char *)out + ((row * w->heads + head) * group + g) * dim * bytes_of(out_type), out_type, o, dim);
+        if (w->rest_logit)
+            for (int64_t d = 0; d < dim; d++) o[d] += share * outside * w->rest_value[to + d];
+        narrow((char *)out + to * bytes_of(out_type), out_type, o, dim);
     }
 }
 
 /* Decoding: one token for R sequences with rings [S,W,Hkv,D], in place. Slots <= null_slot change nothing, give zeros. */
 int dtr_window_step(const void *q, const void *k, const void *v, void *ring_k, void *ring_v, const int64_t *slots,
-                    const int64_t *positions, void *out, int64_t q_stride, int64_t k_stride, int64_t v_stride,
-                    int64_t past_slot, int64_t past_row, int64_t rows, int64_t heads, int64_t group, int64_t dim,
+                    const int64_t *positions, const float *rest_logit, const float *rest_value, void *out, int64_t q_stride,
+                    int64_t k_stride, int64_t v_stride, int64_t past_slot, int64_t past_row, int64_t rows, int64_t heads, int64_t group, int64_t dim,
                     int64_t window, int64_t null_slot, int64_t pool_slots, int type, int past_type, int out_type,
                     float scale, int threads) {
     for (int64_t row = 0; row < rows; row++)
         if (slots[row] >= pool_slots || positions[row] < 0) return BAD_INDEX;
     const Window w = {q, k, v, ring_k, ring_v, NULL, NULL, slots, NULL, NULL, q_stride, k_stride, v_stride,
-                      past_slot, past_row, heads, group, dim, window, type, past_type, 1, scale};
+                      past_slot, past_row, heads, group, dim, window, type, past_type, 1, scale, rest_logit, rest_value};
     const int64_t padded = whole_lanes(dim), tasks = rows * heads;
     int failed = DONE;
     threads = (int)MAX(1, MIN((int64_t)threads, tasks));

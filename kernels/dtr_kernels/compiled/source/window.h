@@ -62,9 +62,13 @@ typedef struct {
     int type, past_type;
     int ring; /* 1: the token at position p is in row p % W; 0: rows are the last W tokens, oldest first */
     float scale;
+    /* One more key, which every query sees: its logit [Hq], the same for all tokens, and its value [N,Hq,D], contiguous.
+     * NULL: none. */
+    const float *rest_logit, *rest_value;
 } Window;
 
 INLINE int64_t whole_lanes(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+INLINE const float *rest_logits(const Window *w, int64_t head) { return w->rest_logit ? w->rest_logit + head * w->group : NULL; }
 /* Rows kept in front of a segment: the W - 1 that its first token sees. */
 INLINE int64_t rows_before(const Window *w) { return whole_lanes(w->window - 1); }
 /* Keys that a block of LANES tokens may see. */
@@ -134,9 +138,9 @@ INLINE int64_t missing_keys(const Window *w, int64_t sequence, int64_t token) {
 }
 
 /* Logits [group * LANES, keys] -> probabilities; zero for a token that sees nothing. Rows of p and band are `step`
- * apart. */
+ * apart. rest [group] or NULL: the logits of the one more key, whose probabilities go to rest_share [group * LANES]. */
 INLINE void softmax(float *restrict p, int64_t group, int64_t keys, int64_t step, const float *restrict band,
-                    const float *restrict bias) {
+                    const float *restrict bias, const float *restrict rest, float *restrict rest_share) {
     for (int64_t row = 0; row < group * LANES; row++) {
         float *x = p + row * step;
         const float *visible = band + row % LANES * step;
@@ -146,14 +150,17 @@ INLINE void softmax(float *restrict p, int64_t group, int64_t keys, int64_t step
             store(x + m, logit);
             best = larger(best, logit);
         }
-        const float top = max_lanes(best);
+        float top = max_lanes(best);
+        if (rest) top = MAX(top, rest[row / LANES]);
         vec total = splat(0.0f);
         for (int64_t m = 0; m < keys; m += LANES) {
             const vec e = exp_vec(load(x + m) - top);
             store(x + m, e);
             total += e;
         }
-        const float share = top > MASKED / 2 ? 1.0f / sum_lanes(total) : 0.0f;
+        const float outside = rest ? expf(rest[row / LANES] - top) : 0.0f;
+        const float share = top > MASKED / 2 ? 1.0f / (sum_lanes(total) + outside) : 0.0f;
+        if (rest) rest_share[row] = share * outside;
         for (int64_t m = 0; m < keys; m += LANES) store(x + m, share * load(x + m));
     }
 }
