@@ -221,11 +221,11 @@ class Build:
     def search(self) -> StageRecord:
         """Choose the layout; every trial is in `ledger.sqlite`, the result with its evidence in `search.json`."""
         recipe = self.recipe
+        from dtr_deploy.tasks.base import SPLITS
+
         tasks = self.tasks
         settings = [recipe.target.model_dump(mode="json"), recipe.search.model_dump(mode="json")]
-        fingerprints = [
-            (task.name, task.weight, task.fingerprint("search"), task.fingerprint("confirm")) for task in tasks
-        ]
+        fingerprints = [(task.name, task.weight, *(task.fingerprint(split) for split in SPLITS)) for task in tasks]
         key = stage_key("search", self.twins_key, fingerprints, settings, versions())
 
         def work(folder: Path) -> tuple[list[Path], dict[str, Any]]:
@@ -310,6 +310,7 @@ class Build:
 
     def prove(self) -> StageRecord:
         """The parity gate; prompts in `parity/prompts.json`, rows in `parity/parity.json` (also when it fails)."""
+        from dtr_deploy.hybrid.layout import windows
         from dtr_deploy.parity.prompts import parity_prompts
         from dtr_deploy.parity.prove import PROMPTS, prove
 
@@ -319,7 +320,7 @@ class Build:
             wanted.prompts,
             min(wanted.max_length, self.context - 1),
             wanted.tokens,
-            recipe.window,
+            windows(recipe.forms, recipe.window),
             recipe.seed,
         )
         key = stage_key("parity", __version__, self._shipped_keys(), prompts, recipe.export.model_dump(), versions())

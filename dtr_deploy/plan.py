@@ -157,7 +157,8 @@ def make_plan(recipe: Recipe, config: Any, multiply_flops: float, items: int | N
     # A pass of the teacher, the hybrid's, and back through it; the output embedding for both, and back.
     heal_flops = recipe.heal.tokens * (3 * per_token + 3 * 2.0 * sizes.embedding)
     screen_tokens = recipe.search.screen.sequences * recipe.distill.sequence_length
-    screen_tokens += recipe.search.screen.recall_items * recipe.search.screen.recall_length
+    screen = recipe.search.screen
+    screen_tokens += len(screen.recall) * screen.recall_items * screen.recall_length
     task_tokens = _task_tokens(recipe, items)
     # A swap of layer i reuses what lies before it: half of the layers on average.
     screens, scores = _evaluations(recipe, twins, layers)
@@ -165,7 +166,8 @@ def make_plan(recipe: Recipe, config: Any, multiply_flops: float, items: int | N
 
     target = recipe.target
     workload = target.workload.concurrency * (target.workload.prompt + target.workload.output)
-    layouts = 2 + 2 * len(recipe.forms)
+    # The backbone, a layout of each form, a check, and what padding and vLLM's cache groups take besides.
+    layouts = 3 + len(recipe.forms) + (2 if target.engine == "vllm" else 0)
     runs = layouts * 2 * recipe.search.repeats
     start = ENGINE_START_SECONDS[target.engine]
     measure_seconds = runs * workload * per_token / flops + layouts * 2 * start
@@ -206,7 +208,7 @@ def _task_tokens(recipe: Recipe, items: int | None) -> int:
     """Prompt tokens of one scoring on the search split: 200 short items where the recipe does not say."""
     tokens = 0
     for task in recipe.tasks:
-        if task.synthetic is not None:
+        if task.synthetic is not None or task.lengths is not None:
             tokens += sum(task.lengths or (1024, 2048)) * (task.items or 16)
         else:
             tokens += (task.items or items or 200) * 60

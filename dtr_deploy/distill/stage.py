@@ -134,7 +134,7 @@ def distill(
             saved_at = time.monotonic()
         progress(after, steps, f"relative error {sum(errors) / len(errors):.3f}")
 
-    reports = _evaluate(backbone, held_out[:EVALUATED], layers, keys, trainers, window)
+    reports = _evaluate(backbone, held_out[:EVALUATED], layers, keys, trainers)
     for key, trainer in trainers.items():
         weights = {name: p.detach().clone().contiguous() for name, p in trainer.mixer.state_dict().items()}
         write_safetensors(files[key], weights, {})
@@ -282,7 +282,6 @@ def _evaluate(
     layers: list[int],
     keys: list[tuple[int, str]],
     trainers: dict[tuple[int, str], _Trainer],
-    window: int,
 ) -> list[TwinReport]:
     kinds = ("start", "trained", "no_op", "window_only")
     sums = {key: {kind: Running() for kind in kinds} for key in keys}
@@ -295,7 +294,7 @@ def _evaluate(
             running["start"].add(trainer.teacher(hidden, where)[0], target)
             running["trained"].add(trainer.mixer(hidden, where)[0], target)
             running["no_op"].add(torch.zeros_like(target), target)
-            if window:
+            if trainer.mixer.sizes.window:
                 running["window_only"].add(window_only(trainer.teacher, hidden, where), target)
     return [
         TwinReport(
@@ -304,7 +303,7 @@ def _evaluate(
             start=sums[layer, form]["start"].result(),
             trained=sums[layer, form]["trained"].result(),
             no_op=sums[layer, form]["no_op"].result(),
-            window_only=sums[layer, form]["window_only"].result() if window else None,
+            window_only=sums[layer, form]["window_only"].result() if trainers[layer, form].mixer.sizes.window else None,
         )
         for layer, form in keys
     ]

@@ -69,7 +69,7 @@ class Mlp:
 
 def rms_norm(hidden: Tensor, norm: Any, dtype: torch.dtype) -> Tensor:
     """RMS norm of [...,hidden], in `dtype` (float32 or bfloat16): the read-out of one head as wide as the model."""
-    return rows.readout(hidden[..., None, :], norm.weight[None], None, None, norm.variance_epsilon, dtype).squeeze(-2)
+    return rows.readout(hidden[..., None, :], norm.weight[None], norm.variance_epsilon, dtype).squeeze(-2)
 
 
 def _packed(*projections: nn.Linear) -> tuple[Tensor, Tensor | None]:

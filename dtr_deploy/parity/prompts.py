@@ -17,7 +17,7 @@ LONGEST_SHARE = 0.67
 """At most this share of the token budget goes into the longest prompt."""
 
 
-def prompt_lengths(count: int, max_length: int, tokens: int, window: int = 0, seed: int = 0) -> list[int]:
+def prompt_lengths(count: int, max_length: int, tokens: int, windows: Sequence[int] = (), seed: int = 0) -> list[int]:
     """`count` lengths of 1 to `max_length` tokens, ascending; their sum is at most `tokens` (or `count`, if more).
 
     The longest one comes first, then the short ones and the borders from small to large, then random ones.
@@ -27,7 +27,7 @@ def prompt_lengths(count: int, max_length: int, tokens: int, window: int = 0, se
     # Every other prompt needs a token at least.
     longest = max(1, min(max_length, int(tokens * LONGEST_SHARE) if count > 1 else tokens, tokens - (count - 1)))
     wanted = [1, 2]
-    for border in sorted({*([window] if window else []), *BORDERS}):
+    for border in sorted({*windows, *BORDERS}):
         wanted += [border - 1, border, border + 1]
     lengths, left = [longest], tokens - longest
     for length in dict.fromkeys(wanted):
@@ -46,7 +46,7 @@ def prompt_lengths(count: int, max_length: int, tokens: int, window: int = 0, se
 
 
 def parity_prompts(
-    held_out: Sequence[int], count: int, max_length: int, tokens: int, window: int = 0, seed: int = 0
+    held_out: Sequence[int], count: int, max_length: int, tokens: int, windows: Sequence[int] = (), seed: int = 0
 ) -> list[list[int]]:
     """Windows of `held_out` (token ids no stage trained on) at random places, of `prompt_lengths`, shuffled.
 
@@ -54,7 +54,7 @@ def parity_prompts(
     """
     if not len(held_out):
         raise ValueError("no held-out text to cut prompts from")
-    lengths = prompt_lengths(count, max_length, tokens, window, seed)
+    lengths = prompt_lengths(count, max_length, tokens, windows, seed)
     text = np.resize(np.asarray(held_out, dtype=np.int64), max(len(held_out), max(lengths)))
     random = np.random.default_rng(seed + 1)
     random.shuffle(lengths)

@@ -151,7 +151,7 @@ def _linear(
     form, borders = mixer.form, context.borders
     rows = len(borders) - 1
     slots = torch.arange(1, rows + 1)
-    taps, values, conv, ring, window_out = form.taps(normed), v, None, None, None
+    taps, values, conv, ring = form.taps(normed), v, None, None
     if taps is not None:
         conv = _pool(None if past is None else past.conv, v.new_zeros(1, taps.shape[2] - 1, *v.shape[2:]), rows)
         started = torch.full((rows,), past is not None)
@@ -163,21 +163,20 @@ def _linear(
         op.q, op.k, op.v, rule=form.rule, log_decay=op.log_decay, beta=op.beta, scale=form.scale,
         state=None if past is None else past.state.expand(rows, -1, -1, -1), cu_seqlens=borders,
     )  # fmt: skip
-    window = mixer.sizes.window
+    attended, window = form.readout(out, normed)[0], mixer.sizes.window
     if window:
         empty = k.new_zeros(1, window, *k.shape[2:])
         old = (None, None) if past is None or past.ring is None else past.ring
         ring = (_pool(old[0], empty, rows), _pool(old[1], empty, rows))
-        window_out = window_attention_packed(
+        attended = window_attention_packed(
             q[0], k[0], v[0].float(), window=window, scale=mixer.sizes.head_dim**-0.5, ring_k=ring[0], ring_v=ring[1],
-            slots=slots, cu_seqlens=borders, start=torch.full((rows,), context.cached),
-        )[None]  # fmt: skip
-    attended = form.output(out, normed, window_out, NARROW)[0]
+            slots=slots, cu_seqlens=borders, start=torch.full((rows,), context.cached), rest=form.rest(attended),
+        )  # fmt: skip
     last = slice(rows, rows + 1)
     kept = _LinearPast(
         state[-1:], None if ring is None else (ring[0][last], ring[1][last]), None if conv is None else conv[last]
     )
-    return attended, kept
+    return attended.to(NARROW), kept
 
 
 def _pool(old: Tensor | None, empty: Tensor, rows: int) -> Tensor:

@@ -25,6 +25,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "lm_eval": ("items", "metric", "shots"),
 }
 """What each kind of task takes besides name and weight. A `file` with `lengths` is a many-shot task."""
+EXACT_MATCH = "exact_match"
+"""The metric of labelled files whose answers are generated instead of compared."""
 OPTION_KEYS = ("shots", "metric", "lengths", "items", "filler", "keys", "hops")
 
 
@@ -67,9 +69,14 @@ def _build(recipe: Any, tokenizer: PreTrainedTokenizerBase, seed: int, max_lengt
     if kind in SYNTHETIC:
         return synthetic_task(kind)(name, tokenizer, **common, **options)
     if kind == "file":
+        from dtr_deploy.tasks.generation import GeneratedAnswers
         from dtr_deploy.tasks.local_file import LabelledFile
 
-        return LabelledFile(name, tokenizer, recipe.file, **common, **options)
+        generated = options.get("metric") == EXACT_MATCH
+        if generated:
+            del options["metric"]
+        task = LabelledFile(name, tokenizer, recipe.file, **common, **options)
+        return GeneratedAnswers(task) if generated else task
     if kind == "many_shot":
         from dtr_deploy.tasks.many_shot import ManyShot
 

@@ -67,7 +67,9 @@ class LabelledFile(RequestTask):
     ) -> None:
         super().__init__(name, tokenizer, weight, batch_tokens)
         if metric not in METRICS:
-            raise UsageError(f"task {name!r}: metric {metric!r} is not known for files; use {', '.join(METRICS)}")
+            raise UsageError(
+                f"task {name!r}: metric {metric!r} is not known for files; use {', '.join((*METRICS, 'exact_match'))}"
+            )
         if (shots is not None and shots < 0) or (items is not None and items < 2):
             raise UsageError(f"task {name!r}: shots must be >= 0 and items >= 2, got {shots} and {items}")
         self.path = Path(path)
@@ -101,6 +103,10 @@ class LabelledFile(RequestTask):
         """See the class."""
         hits, margins = self._judge(self.rows(split), scores.log_probs.reshape(-1, len(self.labels)))
         return TaskScore(self.name, split, hits, margins)
+
+    def item_strata(self, split: Split) -> Sequence[str]:
+        """The label of each row: parts of a split have them in the same proportions."""
+        return [self._label(row) for row in self.rows(split)]
 
     def meaning(self, split: Split) -> list[str]:
         """The metric and the right labels."""

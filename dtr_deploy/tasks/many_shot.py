@@ -78,6 +78,10 @@ class ManyShot(LabelledFile):
         strata = tuple(str(length) for length in self.lengths for _ in rows)
         return TaskScore(self.name, split, hits, margins, strata)
 
+    def item_strata(self, split: Split) -> Sequence[str]:
+        """Length and label of each item."""
+        return [f"{length}/{self._label(row)}" for length in self.lengths for row in self.rows(split)]
+
     def meaning(self, split: Split) -> list[str]:
         """As of a labelled file, and the lengths, which are the strata."""
         return [*super().meaning(split), *map(str, self.lengths)]

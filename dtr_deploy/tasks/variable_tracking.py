@@ -28,8 +28,8 @@ class VariableTracking(Haystack):
     """`keys` chains of a number of five digits and `hops` assignments, in order at random depths; one value is asked.
 
     Names are words, not letters, and worked examples (a chain that is asked for and one that is not, without filler)
-    stand before the text, which is easier than RULER's form. Look at the backbone's own score first. A model that finds numbers but does not follow assignments
-    scores 1 / `keys`. Other arguments as in `Haystack`.
+    stand before the text, which is easier than RULER's form. Look at the backbone's own score first. A model that finds
+    numbers but does not follow assignments scores 1 / `keys`. Other arguments as in `Haystack`.
     """
 
     kind = "variable_tracking"

@@ -16,6 +16,7 @@ from dtr_deploy.errors import ParityFailed, UsageError
 from dtr_deploy.report.schema import REPORT
 from dtr_deploy.run_dir import RunDir
 from dtr_deploy.search.objective import InfeasibleTarget, Loss, Visit
+from dtr_deploy.throughput.performance import Performance
 from tests.product.recipes import write_recipe
 from tests.product.reports import small_report
 
@@ -116,7 +117,9 @@ def test_debug_shows_the_traceback(tmp_path: Path, build_that) -> None:
 
 def test_an_infeasible_target_is_exit_code_2_with_the_frontier(tmp_path: Path, build_that) -> None:
     loss = Loss(combined=0.012, standard_error=0.01, tasks={})
-    visit = Visit((None, "gla"), score=0.85, margin=0.0, loss=loss, speedup=1.07, passes=True)
+    visit = Visit(
+        (None, "gla"), score=0.85, margin=0.0, loss=loss, performance=Performance(1.07, 1.0, 0.01, 1), passes=True
+    )
     build_that(InfeasibleTarget("target.speedup: 1.2 times the backbone was not reached", [visit]))
     result = run("build", "--recipe", write_recipe(tmp_path), "--runs", tmp_path)
     assert result.exit_code == 2 and "was not reached" in one_line(result)

@@ -44,7 +44,7 @@ def causal_attention_packed(
         strides = (past_k.stride(0), past_k.stride(1))
     out = torch.empty(q.shape, dtype=_out_dtype(q.dtype))
     _forward(
-        q, k, v, out, window, scale, past_k, past_v, None, None,
+        q, k, v, out, window, scale, past_k, past_v, None, None, None, None,
         slots=torch.arange(sequences) if slots is None else slots, borders=borders, start=start, past_strides=strides,
         null_slot=NO_NULL_SLOT, ring=False,
     )  # fmt: skip
