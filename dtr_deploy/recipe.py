@@ -87,7 +87,7 @@ class Heal(_Section):
     same corpus, 0 for none; learning_rate is that of W_v and W_o, form_learning_rate that of a form's own parameters.
     """
 
-    tokens: Annotated[int, Field(ge=0)] = 50_000
+    tokens: Annotated[int, Field(ge=0)] = 0
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
     form_learning_rate: Annotated[float, Field(gt=0)] = 3e-3
 

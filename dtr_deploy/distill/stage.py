@@ -24,6 +24,7 @@ from dtr_deploy.distill.files import twin_file, write_safetensors, write_text
 from dtr_deploy.distill.narrow_teacher import NarrowTeacher
 from dtr_deploy.distill.teacher import Activations, attention_activations
 from dtr_deploy.hybrid.mixer import HybridMixer, own_parameters
+from dtr_deploy.hybrid.model import Twins, make_twin
 from dtr_deploy.hybrid.precision import products_dtype, products_in
 
 Progress = Callable[[int, int, str], None]
@@ -65,6 +66,22 @@ class DistillResult:
     files: dict[tuple[int, str], Path]
     tokens: int
     seconds: float
+
+
+@torch.no_grad()
+def relative_errors(backbone: Any, twins: Twins, window: int, held_out: Tensor) -> dict[tuple[int, str], float]:
+    """As in a report's `trained`, of twins from anywhere: |y - y'|^2 / |y|^2 on held-out tokens [M,T]."""
+    mixers = {
+        (layer, form): make_twin(backbone.model.layers[layer].self_attn, backbone.config, layer, form, window, twins)
+        for layer, form in twins
+    }
+    sums = {key: Running() for key in mixers}
+    for tokens in held_out[:EVALUATED].split(4):
+        activations = attention_activations(backbone, tokens, sorted({layer for layer, _ in twins}))
+        for (layer, form), mixer in mixers.items():
+            out, _ = mixer(activations.inputs[layer], activations.position_embeddings)
+            sums[layer, form].add(out, activations.outputs[layer])
+    return {key: running.result().relative_error for key, running in sums.items()}
 
 
 def load_twins(files: dict[tuple[int, str], Path]) -> dict[tuple[int, str], dict[str, Tensor]]:

@@ -48,6 +48,7 @@ def collect_report(recipe: Recipe, run: RunDir, backbone: Backbone) -> Report:
             **{name: found[name] for name in ("m_best", "m_opt", "frontier", "steps")},
             walked_back=len(found["walked_back"]),
             cost_model=found["throughput"],
+            shrinkage=found.get("shrinkage"),
         ),
         environment=environment(),
         seconds={name: stage.seconds for name, stage in sorted(stages.items(), key=lambda item: item[1].finished)},

