@@ -123,6 +123,7 @@ def time_steps(settings: dict[str, Any], steps: int) -> tuple[StepTimes, list[in
     chosen = DistillSettings(
         tokens=(settings["warm_up"] + steps) * settings["tokens"],
         batch_size=batch,
+        teacher_sequences=batch,  # one pass a step, for the clock's sake
         precision=settings["precision"],
         checkpoint_seconds=float("inf"),
     )

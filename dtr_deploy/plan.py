@@ -183,7 +183,7 @@ def make_plan(recipe: Recipe, config: Any, multiply_flops: float, items: int | N
 
     work = {
         "distill": f"{recipe.distill.tokens:,} tokens, {twins} twins ({layers} layers)",
-        "heal": f"{recipe.heal.tokens:,} tokens" if recipe.heal.tokens else "none",
+        "heal": f"{recipe.heal.tokens:,} tokens in random hybrids",
         "throughput curve": f"{layouts} layouts, {runs} runs of {workload:,} tokens on {target.engine}",
         "search": f"about {screens:,} screenings, {scores:,} scorings ({recipe.search.strategy})",
         "export": f"2 checkpoints, {len(exports)} ONNX exports",
@@ -201,6 +201,8 @@ def make_plan(recipe: Recipe, config: Any, multiply_flops: float, items: int | N
         bench_seconds,
     ]
     stages = [StagePlan(stage, text, time) for (stage, text), time in zip(work.items(), seconds, strict=True)]
+    if not recipe.heal.tokens:
+        stages = [stage for stage in stages if stage.stage != "heal"]
     return Plan(stages, disk_bytes(recipe, sizes), twins)
 
 

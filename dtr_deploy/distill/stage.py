@@ -29,15 +29,14 @@ from dtr_deploy.hybrid.precision import products_dtype, products_in
 
 Progress = Callable[[int, int, str], None]
 
-TEACHER_SEQUENCES = 4
-"""Sequences of one teacher pass: several steps share it, since large products are faster than small ones."""
 EVALUATED = 12
 """Held-out sequences that errors are reported on; about 6,000 tokens at 512 each."""
 
 
 @dataclass(frozen=True)
 class DistillSettings:
-    """tokens: budget of training tokens; batch_size: sequences a step; learning_rate: of inherited projections;
+    """tokens: budget of training tokens; batch_size: sequences a step; teacher_sequences: of one pass of the teacher,
+    which several steps share, since large products are faster than small ones; learning_rate: of inherited projections;
     form_learning_rate: of a form's own parameters; calibrate: start forms from statistics of their teachers;
     checkpoint_seconds: how much a kill may cost.
 
@@ -48,6 +47,7 @@ class DistillSettings:
 
     tokens: int = 100_000
     batch_size: int = 1
+    teacher_sequences: int = 4
     learning_rate: float = 1e-3
     form_learning_rate: float = 2e-2
     warmup_steps: int = 10
@@ -134,7 +134,7 @@ def distill(
     dtype = products_dtype(settings.precision, device)
     mixed = products_in(dtype, device)
     narrow = NarrowTeacher(backbone, layers) if dtype == torch.bfloat16 and NarrowTeacher.fits(backbone) else None
-    at_once = max(1, TEACHER_SEQUENCES // settings.batch_size)
+    at_once = max(1, settings.teacher_sequences // settings.batch_size)
     for first in range(done, steps, at_once):
         coming = order[first : first + at_once]
         batch = sequences[torch.cat(coming)]

@@ -70,7 +70,7 @@ class Stop:
         return text
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(tokens)))
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
 
 class GenerationTask(RequestTask):

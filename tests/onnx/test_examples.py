@@ -61,11 +61,11 @@ def test_genai_chat_with_a_template_that_changes_answers(exported, tmp_path):
     shutil.copytree(folder, tmp_path / "onnx")
     template = tmp_path / "onnx" / "chat_template.jinja"
     told = template.read_text()
-    told = told.replace("message['content']", "'...' if message['role'] == 'assistant' else message['content']")
+    told = told.replace("message['content']", "'---' if message['role'] == 'assistant' else message['content']")
     assert told != template.read_text()
     template.write_text(told)
     counts = [answer.splitlines()[-1] for answer in chat(tmp_path / "onnx", "ab", "cd", "ef")]
-    # <|user|>ab<|end|><|assistant|> and 5 tokens; each earlier turn then has ...<|end|> instead of its 5 tokens.
+    # <|user|>ab<|end|><|assistant|> and 5 tokens; each earlier turn then has ---<|end|> instead of its 5 tokens.
     assert counts == [f"[{5 * turn + 4 * (turn - 1) + 5} tokens]" for turn in (1, 2, 3)]
 
 

@@ -138,7 +138,8 @@ def test_completion_of_text_streamed_and_whole(server):
     parts = server.stream("/v1/completions", prompt=text)
     assert len(parts) > 1
     assert "".join(part["choices"][0]["text"] for part in parts) == whole
-    assert whole == server.expected_text(server.tokenizer(text)["input_ids"])
+    # vLLM holds back bytes that are no whole character yet.
+    assert whole == server.expected_text(server.tokenizer(text)["input_ids"]).rstrip("\ufffd")
 
 
 def test_chat_streamed_and_whole(server):

@@ -61,10 +61,9 @@ def make_kept(graph: Graph, call: Call, count: int) -> str:
 def make_zero_row(graph: Graph, call: Call, width: int) -> str:
     """[B,1,width] of zeros, behind a call's rows: the key of what lies outside the window. Once a call and width."""
     at = f"/model/rows/zeros_{width}"
-    one = graph.initializer(torch.zeros(1, 1, width), f"model.rows.zeros_{width}")
-    rows = graph.node("Unsqueeze", [call.new.rows, graph.int64([0])], f"{at}/Unsqueeze", INT64, [1])
-    shape = graph.node("Concat", [rows, graph.int64([1, width])], f"{at}/Concat", INT64, [3], axis=0)
-    return graph.node("Expand", [one, shape], f"{at}/Expand", FLOAT, ["batch_size", 1, width])
+    stored = graph.initializer(torch.zeros(1, 1, width), f"model.rows.zeros_{width}")
+    of_rows = graph.node("Gather", [call.real, graph.int64([0])], f"{at}/Gather", FLOAT, ["batch_size", 1, 1], axis=1)
+    return graph.node("Mul", [of_rows, stored], f"{at}/Mul", FLOAT, ["batch_size", 1, width])
 
 
 def make_rows(
