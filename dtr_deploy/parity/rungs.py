@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from dtr_deploy.engines.torch import TorchEngine
 from dtr_deploy.hybrid.layout import replaced
 from dtr_deploy.parity.ladder import EXACT_PRECISIONS, Rung
-from dtr_deploy.recipe import VLLM_PRECISION, Recipe
+from dtr_deploy.recipe import Recipe
+from dtr_deploy.recipe_sections import VLLM_PRECISION
 from dtr_deploy.serving import base_of, hybrid_of, open_for_scores
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from dtr_deploy.errors import UsageError
-from dtr_deploy.recipe import Layers, Recipe, load_recipe, recipe_from_copy
+from dtr_deploy.recipe import Recipe, load_recipe, recipe_from_copy
+from dtr_deploy.recipe_sections import Layers
 from tests.product.recipes import RECIPE, write_recipe
 
 

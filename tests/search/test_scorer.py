@@ -10,7 +10,7 @@ from dtr_deploy.errors import UsageError
 from dtr_deploy.hybrid.layout import full
 from dtr_deploy.hybrid.model import make_hybrid
 from dtr_deploy.layout_search import recall_screen
-from dtr_deploy.recipe import Screen
+from dtr_deploy.recipe_sections import Screen
 from dtr_deploy.search.ledger import Ledger
 from dtr_deploy.search.scorer import ModelEvaluator, Scorer, models_hash
 from dtr_deploy.tasks.divergence import Divergence

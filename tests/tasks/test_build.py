@@ -9,7 +9,8 @@ import pytest
 
 from dtr_deploy.errors import UsageError
 from dtr_deploy.layout_search import recall_screen
-from dtr_deploy.recipe import TaskRecipe, load_recipe
+from dtr_deploy.recipe import load_recipe
+from dtr_deploy.recipe_sections import TaskRecipe
 from dtr_deploy.tasks import Task, build_tasks
 from dtr_deploy.tasks.haystack import DEFAULT_ITEMS
 from dtr_deploy.tasks.local_file import LabelledFile
