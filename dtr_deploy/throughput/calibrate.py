@@ -25,6 +25,9 @@ from dtr_deploy.throughput.performance import Performance
 TOLERANCE = 0.05
 """Largest relative error of predicted throughput up to which predictions stand in for measurements."""
 
+RECENT = 2
+"""Checks that decide whether the model is trusted: the last ones, since what is measured later improves the fit."""
+
 CacheBytes = Callable[[Layout], int]
 """Layout -> bytes of keys, values and states of all requests of the workload; see `cache_bytes.CacheSize`."""
 
@@ -59,6 +62,9 @@ class CalibratedCost:
 
     Times are ratios to the backbone, predicted or measured, times the backbone's median seconds in the calibration: so
     layouts measured on a slow afternoon compare with others.
+
+    Every layout measured because the model was not trusted is one more check, and then one more point of the fit, until
+    the model has foretold `RECENT` of them in a row. comparisons: what the model was fitted to and checked on.
     """
 
     def __init__(
@@ -68,9 +74,10 @@ class CalibratedCost:
         checks: Sequence[Check],
         tolerance: float,
         cache_bytes: CacheBytes,
+        comparisons: Mapping[Layout, Comparison] | None = None,
     ) -> None:
         self.meter, self.model, self.checks, self.tolerance = meter, model, list(checks), tolerance
-        self.cache_bytes = cache_bytes
+        self.cache_bytes, self.comparisons = cache_bytes, dict(comparisons or {})
 
     @property
     def largest_relative_error(self) -> float:
@@ -79,7 +86,7 @@ class CalibratedCost:
 
     @property
     def trusted(self) -> bool:
-        return self.largest_relative_error <= self.tolerance
+        return all(check.error <= self.tolerance for check in self.checks[-RECENT:])
 
     def predicted(self, layout: Layout) -> Performance:
         """By the model, trusted or not: for looking ahead over many layouts."""
@@ -91,7 +98,15 @@ class CalibratedCost:
         if self.trusted or not form_counts(layout):
             return self.predicted(layout)
         found = self.measure(layout)
+        self._learn(found)
         return self._performance(layout, found.speedup, found.prefill_ratio, found.decode_ratio)
+
+    def _learn(self, found: Comparison) -> None:
+        if found.layout in self.comparisons:
+            return
+        self.checks.append(check(self.model, found))
+        self.comparisons[found.layout] = found
+        self.model = fit(self.comparisons, self.comparisons, self.model.groups, self.model.padded)
 
     def predicted_speedup(self, layout: Layout) -> float:
         """`predicted(layout).speedup`."""
@@ -150,7 +165,7 @@ def calibrate(
     is measured at all of `fit_at`, the others at the last. Default `fit_at`: all layers replaced, and with `groups`
     (costs that are not a sum over layers) a quarter and three quarters besides. Checks with several entries mix them in
     equal parts. A model that fails its check is fitted to the checked layouts too and checked once more, at other
-    counts; if it fails again, the result measures instead of predicting.
+    counts; if it fails again, the result measures instead of predicting, until that has mended the fit.
     """
     if not replaceable or min(replaceable.values()) < 1:
         raise ValueError("calibrate: every form needs at least one layer that can have it")
@@ -166,7 +181,7 @@ def calibrate(
     comparisons = dict(zip([*fitted, *checked], meter.compare([*fitted, *checked]), strict=True))
     model = fit(comparisons, fitted, groups, padded)
     checks = [check(model, comparisons[layout]) for layout in checked]
-    cost = CalibratedCost(meter, model, checks, tolerance, cache_bytes)
+    cost = CalibratedCost(meter, model, checks, tolerance, cache_bytes, comparisons)
     if cost.trusted:
         return cost
     middle = [{form: _part(n, at)} for form, n in replaceable.items() for at in check_at]
@@ -176,7 +191,7 @@ def calibrate(
     model = fit(comparisons, fitted, groups, padded)
     # With one form the first checks are now part of the fit; with several they were mixtures and check it still.
     checks = [check(model, comparisons[layout]) for layout in [*checked, *rechecked] if layout not in fitted]
-    return CalibratedCost(meter, model, checks or cost.checks, tolerance, cache_bytes)
+    return CalibratedCost(meter, model, checks or cost.checks, tolerance, cache_bytes, comparisons)
 
 
 def fit(
