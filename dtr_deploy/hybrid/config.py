@@ -15,7 +15,8 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, Qwen2Config,
 from dtr_deploy.errors import UsageError
 from dtr_deploy.hybrid.layout import FULL, LINEAR, Entry, Layout, entries, format_entry, layer_types
 
-DTR_VERSION = 1
+DTR_VERSION = 2
+"""2: the linear branch is one more key of the window. In 1 a constant share per head mixed the two: other weights."""
 STATE_DTYPES = ("float32", "bfloat16")
 
 

@@ -44,7 +44,7 @@ def test_the_configuration_keeps_windows_only_where_they_differ():
     config = tiny_backbone(layers=5).config
     plain = hybrid_config(config, ("gla", None, "gla@64", "jet", None), 64)
     assert plain.dtr == {
-        "version": 1,
+        "version": 2,
         "forms": ["gla", None, "gla", "jet", None],
         "window": 64,
         "state_dtype": "float32",
