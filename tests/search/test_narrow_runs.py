@@ -11,11 +11,8 @@ from dtr_deploy.search.layer_runs import ModuleRuns
 from dtr_deploy.search.narrow_runs import NarrowRuns
 from dtr_deploy.tasks.scoring import hidden_states, plan_batches
 from dtr_kernels.compiled.causal import causal_attention_packed
-from dtr_kernels.compiled.library import is_available
 from tests.search.test_forward import FORMS, LAYERS, WINDOW, make_twins, requests
 from tests.tiny import tiny_backbone
-
-pytestmark = pytest.mark.skipif(not is_available(), reason="needs the compiled kernels (a C compiler)")
 
 LAYOUTS = [
     (None,) * LAYERS,
