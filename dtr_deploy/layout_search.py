@@ -20,7 +20,7 @@ from dtr_deploy.search.scorer import ModelEvaluator, Scorer, models_hash
 from dtr_deploy.search.targets import MIB, Targets
 from dtr_deploy.serving import engines_open_at_once, layout_opener
 from dtr_deploy.tasks.build import synthetic_task
-from dtr_deploy.tasks.divergence import Divergence
+from dtr_deploy.tasks.divergence import SCREENING, Divergence
 from dtr_deploy.tasks.haystack import Haystack
 from dtr_deploy.throughput.cache_bytes import CacheSize, cache_dtypes
 from dtr_deploy.throughput.calibrate import CalibratedCost, calibrate
@@ -54,7 +54,7 @@ def choose_layout(
         twins,
         recipe.window,
         tasks,
-        Divergence(held_out[: settings.screen.sequences]),
+        Divergence(held_out[: settings.screen.sequences], every=SCREENING),
         recall_screen(recipe, backbone),
         models_hash(backbone.fingerprint, twins, recipe.window),
         precision=settings.precision,

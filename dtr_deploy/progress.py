@@ -27,8 +27,9 @@ PLAIN_SECONDS = 15.0
 
 
 class Bar(Protocol):
-    def advance(self, amount: float = 1, note: str = "") -> None:
-        """Count `amount` units as done. Raises KeyboardInterrupt here if the person asked to stop."""
+    def advance(self, amount: float = 1, note: str = "", total: float | None = None) -> None:
+        """Count `amount` units as done. total: the new total, where it was an estimate. Raises KeyboardInterrupt here
+        if the person asked to stop."""
         ...
 
 
@@ -89,7 +90,7 @@ class _QuietBar:
     def __init__(self, stop: StopRequest) -> None:
         self.stop = stop
 
-    def advance(self, amount: float = 1, note: str = "") -> None:
+    def advance(self, amount: float = 1, note: str = "", total: float | None = None) -> None:
         self.stop.raise_if_requested()
 
 
@@ -114,8 +115,9 @@ class _PlainBar:
         self.began = self.printed = time.monotonic()
         self.done = 0.0
 
-    def advance(self, amount: float = 1, note: str = "") -> None:
+    def advance(self, amount: float = 1, note: str = "", total: float | None = None) -> None:
         self.done += amount
+        self.total = total or self.total
         now = time.monotonic()
         if now - self.printed >= PLAIN_SECONDS:
             self.printed = now
@@ -195,8 +197,9 @@ class _RichBar:
     def __init__(self, stop: StopRequest, display: object, row: object) -> None:
         self.stop, self.display, self.row = stop, display, row
 
-    def advance(self, amount: float = 1, note: str = "") -> None:
-        self.display.update(self.row, advance=amount, **({"note": note} if note else {}))  # type: ignore[attr-defined]
+    def advance(self, amount: float = 1, note: str = "", total: float | None = None) -> None:
+        changes = {"note": note} if note else {}
+        self.display.update(self.row, advance=amount, total=total, **changes)  # type: ignore[attr-defined]
         self.stop.raise_if_requested()
 
 
@@ -217,7 +220,8 @@ def seconds_text(seconds: float) -> str:
 class CountingBar:
     """A bar for code that reports `(done, total, message)` instead of advancing: `with CountingBar(...) as report:`.
 
-    Opens when the first report comes, and again whenever the total changes or counting starts over.
+    Opens when the first report comes, and again whenever counting starts over. A total that changes meanwhile was an
+    estimate.
     """
 
     def __init__(self, progress: Progress, what: str) -> None:
@@ -233,9 +237,9 @@ class CountingBar:
         self.stack.__exit__(*exc)
 
     def __call__(self, done: int, total: int, message: str = "") -> None:
-        if self.bar is None or total != self.total or done < self.done:
+        if self.bar is None or done < self.done or (done == 0 and total != self.total):
             self.stack.close()
             self.bar = self.stack.enter_context(self.progress.bar(self.what, total=total))
             self.done, self.total = 0, total
-        self.bar.advance(done - self.done, note=message)
-        self.done = done
+        self.bar.advance(done - self.done, note=message, total=total)
+        self.done, self.total = done, total

@@ -92,14 +92,14 @@ class Setup:
         """A scorer of the study's two tasks. seed: of which items they are."""
         from dtr_deploy.search.model_evaluator import ModelEvaluator
         from dtr_deploy.search.scorer import Scorer, models_hash
-        from dtr_deploy.tasks.divergence import Divergence
+        from dtr_deploy.tasks.divergence import SCREENING, Divergence
 
         evaluator = ModelEvaluator(
             self.backbone.model,
             self.twins,
             self.window,
             self.tasks(items, seed),
-            Divergence(self.held_out[: 2 if self.small else 4]),
+            Divergence(self.held_out[: 2 if self.small else 4], every=SCREENING),
             [self._needle("recall screen", items, 2, self.seed + 1000)],
             models_hash(self.backbone.fingerprint, self.twins, self.window),
             precision="float32" if self.small else "auto",

@@ -216,7 +216,7 @@ def _layouts(setting: Setting, twins: Any, file: Path) -> dict[int, Layout]:
     from dtr_deploy.search.ledger import Ledger
     from dtr_deploy.search.scorer import ModelEvaluator, Scorer, models_hash
     from dtr_deploy.search.strategies.ranking import DIVERGENCE_WEIGHT
-    from dtr_deploy.tasks.divergence import Divergence
+    from dtr_deploy.tasks.divergence import SCREENING, Divergence
 
     layers = setting.backbone.layers
     with Ledger(file) as ledger:
@@ -225,7 +225,7 @@ def _layouts(setting: Setting, twins: Any, file: Path) -> dict[int, Layout]:
             twins,
             setting.window,
             setting.tasks,
-            Divergence(setting.corpus.held_out[:8]),
+            Divergence(setting.corpus.held_out[:8], every=SCREENING),
             setting.tasks[1:],
             models_hash(setting.backbone.fingerprint, twins, setting.window),
             precision=setting.precision,

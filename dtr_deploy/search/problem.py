@@ -203,6 +203,15 @@ class Problem:
         self.ledger.record_step(self.name, len(self.steps), step)
         self.steps.append(step)
 
+    @property
+    def done(self) -> int:
+        """Units of work finished, as `report` counts them."""
+        return self._done
+
+    def foresee(self, more: float) -> None:
+        """Estimate that about so many more units of work are left: for the progress bar."""
+        self.expected = self._done + round(more)
+
     def report(self, message: str, count: int = 1) -> None:
         """Tell what is being done now (`count` units of work), and that everything before it is finished."""
         if self.progress is not None:

@@ -18,13 +18,16 @@ from torch import Tensor
 from dtr_deploy.tasks.base import ForwardHidden
 from dtr_deploy.tasks.scoring import BATCH_TOKENS, ScoringBatch, fingerprint, hidden_states
 
+SCREENING = 4
+"""`every` of a text that only ranks layouts: the product with the output embedding was half of a screening's time."""
+
 _LOGIT_ROWS = 128  # two models' logits and log-probabilities at once: 100 MB at a vocabulary of 49,152 in float32
 
 
 @dataclass(frozen=True)
 class DivergenceScore:
-    """Of each sequence, float64 [N], over its T - 1 predicted tokens: `kl` mean KL(teacher || model) in nats a token,
-    `nll` mean negative log-likelihood of the text in nats a token."""
+    """Of each sequence, float64 [N], over its predicted tokens that are read: `kl` mean KL(teacher || model) in nats a
+    token, `nll` mean negative log-likelihood of the text in nats a token."""
 
     kl: np.ndarray
     nll: np.ndarray
@@ -41,23 +44,29 @@ class DivergenceScore:
 
 
 class Divergence:
-    """Held-out text to compare models on. token_ids: integer [N, T], T >= 2, packed (no padding).
+    """Held-out text to compare models on.
+
+    token_ids: integer [N, T], T >= 2, packed (no padding). every: of the T - 1 predicted tokens of a sequence, one in
+    so many is read (its first, and every so many after it): hidden states are cheap beside a whole vocabulary, and
+    neighbouring tokens tell much the same.
 
     Call `reference(backbone)` once; then `score(model)`, or `batches` and `read` with hidden states of one's own. The
     backbone's output embedding is held by reference: it must not change afterwards.
     """
 
-    def __init__(self, token_ids: Tensor, batch_tokens: int = BATCH_TOKENS) -> None:
+    def __init__(self, token_ids: Tensor, batch_tokens: int = BATCH_TOKENS, every: int = 1) -> None:
         if token_ids.ndim != 2 or token_ids.shape[0] < 1 or token_ids.shape[1] < 2:
             raise ValueError(f"token_ids must be [N, T] with N >= 1 and T >= 2, got {tuple(token_ids.shape)}")
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
         self.token_ids = token_ids.to(torch.int64).cpu()
         rows = max(1, batch_tokens // token_ids.shape[1])
-        self._batches = [_all_reads(part, i * rows) for i, part in enumerate(self.token_ids.split(rows))]
+        self._batches = [_reads(part, i * rows, every) for i, part in enumerate(self.token_ids.split(rows))]
         self._teacher: list[Tensor] | None = None
         self._teacher_head: Callable[[Tensor], Tensor] | None = None
 
     def batches(self) -> list[ScoringBatch]:
-        """The inputs [B, T - 1], each position read; row r of the batches in order is sequence r."""
+        """The inputs [B, T - 1], one position in `every` read; row r of the batches in order is sequence r."""
         return self._batches
 
     def reference(self, backbone: Any, forward_hidden: ForwardHidden | None = None) -> DivergenceScore:
@@ -107,13 +116,14 @@ def join(scores: Sequence[DivergenceScore]) -> DivergenceScore:
     return DivergenceScore(np.concatenate([s.kl for s in scores]), np.concatenate([s.nll for s in scores]))
 
 
-def _all_reads(token_ids: Tensor, first: int) -> ScoringBatch:
+def _reads(token_ids: Tensor, first: int, every: int) -> ScoringBatch:
     inputs, targets = token_ids[:, :-1], token_ids[:, 1:]
     count, width = inputs.shape
-    rows = torch.arange(count).repeat_interleave(width)
-    positions = torch.arange(width).repeat(count)
+    places = torch.arange(0, width, every)
+    rows = torch.arange(count).repeat_interleave(len(places))
+    positions = places.repeat(count)
     mask = torch.ones_like(inputs)
-    return ScoringBatch(inputs.contiguous(), mask, 0, rows, positions, targets.reshape(-1), rows + first)
+    return ScoringBatch(inputs.contiguous(), mask, 0, rows, positions, targets[:, places].reshape(-1), rows + first)
 
 
 @torch.no_grad()
@@ -124,15 +134,18 @@ def _compare(
     teacher: Tensor,
     teacher_head: Callable[[Tensor], Tensor],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """KL and negative log-likelihood of each row, mean over its tokens, float64 [B]."""
-    rows, width = batch.input_ids.shape
-    student_states, teacher_states = hidden.reshape(rows * width, -1), teacher.reshape(rows * width, -1)
-    kl = torch.empty(rows * width, dtype=torch.float64)
-    nll = torch.empty(rows * width, dtype=torch.float64)
-    for start in range(0, rows * width, _LOGIT_ROWS):
+    """KL and negative log-likelihood of each row, mean over its tokens that are read, float64 [B]."""
+    rows, count = batch.input_ids.shape[0], len(batch.targets)
+    at, positions = batch.rows, batch.positions
+    student_states, teacher_states = (
+        states[at.to(states.device), positions.to(states.device)] for states in (hidden, teacher)
+    )
+    kl = torch.empty(count, dtype=torch.float64)
+    nll = torch.empty(count, dtype=torch.float64)
+    for start in range(0, count, _LOGIT_ROWS):
         part = slice(start, start + _LOGIT_ROWS)
         log_q = lm_head(student_states[part]).float().log_softmax(-1)
         log_p = teacher_head(teacher_states[part].to(hidden.device)).float().log_softmax(-1)
         kl[part] = (log_p.exp() * (log_p - log_q)).sum(-1)
         nll[part] = -log_q.gather(-1, batch.targets[part, None].to(log_q.device))[:, 0]
-    return kl.view(rows, width).mean(1).numpy(), nll.view(rows, width).mean(1).numpy()
+    return kl.view(rows, -1).mean(1).numpy(), nll.view(rows, -1).mean(1).numpy()

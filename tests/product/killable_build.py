@@ -48,7 +48,7 @@ class KillingProgress(QuietProgress):
     def bar(self, what: str, total: float | None = None) -> Iterator[Any]:
         yield self
 
-    def advance(self, amount: float = 1, note: str = "") -> None:
+    def advance(self, amount: float = 1, note: str = "", total: float | None = None) -> None:
         self.left -= 1
         if self.left == 0:
             os.kill(os.getpid(), signal.SIGKILL)

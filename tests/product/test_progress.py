@@ -67,8 +67,9 @@ def test_a_second_ctrl_c_stops_at_once() -> None:
 
 
 def test_counting_reports_become_advances() -> None:
-    """Done counts, not steps; a new total or a count that starts over opens a new bar."""
+    """Done counts, not steps; a count that starts over opens a new bar, a total that changes meanwhile does not."""
     opened: list[tuple[str, float | None, list[float]]] = []
+    totals: list[float | None] = []
 
     class Recorder(QuietProgress):
         def bar(self, what, total=None):
@@ -81,9 +82,10 @@ def test_counting_reports_become_advances() -> None:
                     inner = context.__enter__()
 
                     class Bar:
-                        def advance(self, amount=1, note=""):
+                        def advance(self, amount=1, note="", total=None):
                             advances.append(amount)
-                            inner.advance(amount, note)
+                            totals.append(total)
+                            inner.advance(amount, note, total)
 
                     return Bar()
 
@@ -96,8 +98,19 @@ def test_counting_reports_become_advances() -> None:
         for done in (1, 2, 4):
             report(done, 4, "x")
         report(0, 7, "y")
-        report(3, 7, "y")
+        report(3, 9, "y")
     assert opened == [("steps", 4, [1, 1, 2]), ("steps", 7, [0, 3])]
+    assert totals == [4, 4, 4, 7, 9]
+
+
+def test_a_new_total_is_what_is_left_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr("dtr_deploy.progress.PLAIN_SECONDS", 0.0)
+    with PlainProgress(out=out).bar("work", total=4) as bar:
+        bar.advance(2)
+        bar.advance(2, total=10)
+    lines = out.getvalue().splitlines()
+    assert "2 of 4" in lines[0] and "4 of 10" in lines[1]
 
 
 @pytest.mark.parametrize(

@@ -17,15 +17,16 @@ def log_probs(model: object) -> torch.Tensor:
     return model(IDS[:, :-1], use_cache=False).logits.double().log_softmax(-1)  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("every", [1, 5])
 @pytest.mark.parametrize("batch_tokens", [33, 80, 10_000])
-def test_kl_and_nll_equal_torchs_losses(batch_tokens: int) -> None:
+def test_kl_and_nll_equal_torchs_losses(batch_tokens: int, every: int) -> None:
     teacher, student = tiny_backbone(), tiny_hybrid(window=8)
-    divergence = Divergence(IDS, batch_tokens)
+    divergence = Divergence(IDS, batch_tokens, every)
     divergence.reference(teacher)
     score = divergence.score(student)
     p, q = log_probs(teacher), log_probs(student)
-    kl = F.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean(1)
-    nll = F.cross_entropy(q.transpose(1, 2), IDS[:, 1:], reduction="none").mean(1)
+    kl = F.kl_div(q, p, log_target=True, reduction="none").sum(-1)[:, ::every].mean(1)
+    nll = F.cross_entropy(q.transpose(1, 2), IDS[:, 1:], reduction="none")[:, ::every].mean(1)
     np.testing.assert_allclose(score.kl, kl.numpy(), atol=TOLERANCE)
     np.testing.assert_allclose(score.nll, nll.numpy(), atol=TOLERANCE)
     assert score.perplexity == pytest.approx(float(nll.mean().exp()), rel=TOLERANCE)
@@ -55,3 +56,9 @@ def test_a_reference_must_come_first() -> None:
         Divergence(IDS).kl(tiny_backbone())
     with pytest.raises(ValueError, match="T >= 2"):
         Divergence(IDS[:, :1])
+    with pytest.raises(ValueError, match="at least 1"):
+        Divergence(IDS, every=0)
+
+
+def test_fingerprints_tell_what_is_read() -> None:
+    assert Divergence(IDS).fingerprint() != Divergence(IDS, every=4).fingerprint()

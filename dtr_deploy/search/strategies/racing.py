@@ -34,6 +34,8 @@ DEFAULT_VISIBLE = 0.005
 """The same where the recipe bounds no loss."""
 CHANCES = 2
 """Races in which a layer alone may be out of bounds before it is given up."""
+UNITS_PER_LAYER, UNITS_PER_EXCHANGE = 4, 8
+"""Scorings of a part that a layer takes, and an exchange: a first guess for the progress bar."""
 FILL_GAP = 2
 """On a frontier: layers between neighbouring layouts that are scored, at most."""
 
@@ -73,7 +75,8 @@ class _Walk:
         self.problem, self.settings = problem, settings
         candidates = sorted(problem.scorer.candidates)
         layers = len({candidate.layer for candidate in candidates})
-        problem.expected = 1 + len(candidates) + 2 * layers
+        ranking = len(candidates) * (2 if problem.scorer.parts > 1 else 1)
+        problem.foresee(1 + ranking + UNITS_PER_LAYER * problem.room)
         self.gain = gains(problem)
         harm = harms(problem, problem.committed.layout, candidates, self.gain, settings.divergence_weight)
         self.belief = Belief(harm)
@@ -88,6 +91,7 @@ class _Walk:
         self.lost: Counter[Candidate] = Counter()
         self.first_size = self.size = settings.step or max(1, math.ceil(layers / 10))
         self.suspects = self.failures = 0
+        self.begun_at = problem.done
 
     def go(self) -> None:
         """Race and commit until the objective is reached, nothing is left, or patience ends."""
@@ -97,6 +101,7 @@ class _Walk:
             if not ahead:
                 return
             size = self._size(ahead)
+            self._foresee(len(ahead))
             entries = self._groups(ahead, size) if size > 1 else self._singles(ahead)
             message = f"{problem.committed.replaced + size} of {problem.scorer.layers} layers replaced"
             bounded = problem.objective.goal != "frontier"
@@ -107,6 +112,16 @@ class _Walk:
                 self._after_singles(outcome)
             if patience is not None and self.failures >= patience:
                 return
+
+    def _foresee(self, ahead: int) -> None:
+        """Estimate the work left from what the layers so far have taken; the last ones before the end take more."""
+        problem = self.problem
+        spent, taken = problem.done - self.begun_at, problem.committed.replaced
+        rate = max(UNITS_PER_LAYER, spent / taken if taken else spent)
+        more = rate * min(ahead, problem.room)
+        if self.settings.exchanges:
+            more += taken + UNITS_PER_EXCHANGE * self.settings.exchanges
+        problem.foresee(more)
 
     # --- what is raced
 
