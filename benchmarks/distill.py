@@ -100,8 +100,8 @@ def time_steps(settings: dict[str, Any], steps: int) -> tuple[StepTimes, list[in
     import torch
 
     from benchmarks.stage_timing import StepTimes, timed_parts
-    from dtr_deploy.distill.stage import DistillSettings
     from dtr_deploy.distill.stage import distill as run_stage
+    from dtr_deploy.distill.trainer import DistillSettings
     from dtr_deploy.hybrid.backbone import load_backbone
     from dtr_deploy.hybrid.mixer import HybridMixer
 

@@ -143,7 +143,8 @@ class Build:
         """Train a twin of every chosen (layer, form); `distilled/layerNN_FORM.safetensors`."""
 
         def work(folder: Path) -> tuple[list[Path], dict[str, Any]]:
-            from dtr_deploy.distill.stage import DistillSettings, distill
+            from dtr_deploy.distill.stage import distill
+            from dtr_deploy.distill.trainer import DistillSettings
 
             recipe = self.recipe
             settings = DistillSettings(

@@ -93,7 +93,8 @@ def of_twins(
     backbone: Backbone, layout: Layout, window: int, distilled: Path
 ) -> tuple[Layout, int, str, Callable[[], Any]]:
     """A layout whose twins lie in the folder `distilled`."""
-    from dtr_deploy.distill.stage import load_twins, twin_file
+    from dtr_deploy.distill.files import twin_file
+    from dtr_deploy.distill.stage import load_twins
 
     files = {(layer, form): twin_file(distilled, layer, form) for layer, form in enumerate(layout) if form is not None}
     if missing := [file for file in files.values() if not file.is_file()]:

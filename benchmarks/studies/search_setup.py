@@ -161,7 +161,9 @@ class Setup:
         )
 
     def _twins(self, distilled: Path | None, sequences: Any) -> dict[tuple[int, str], dict[str, Any]]:
-        from dtr_deploy.distill.stage import DistillSettings, distill, load_twins, twin_file
+        from dtr_deploy.distill.files import twin_file
+        from dtr_deploy.distill.stage import distill, load_twins
+        from dtr_deploy.distill.trainer import DistillSettings
         from dtr_deploy.progress import CountingBar, for_terminal
 
         folder = distilled or self.out / "distilled"

@@ -12,7 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +21,7 @@ import typer
 from benchmarks.command_line import Command, application, one_line_errors, use_threads
 
 if TYPE_CHECKING:
+    from benchmarks.studies.twin_variants import Variant
     from dtr_deploy.hybrid.layout import Layout
 
 NAME = "benchmarks.studies.twins"
@@ -30,34 +31,10 @@ HELD_OUT = 24
 """Sequences: errors are reported on the first twelve, layers ranked by the first eight, divergence read on the last."""
 HEAL_SHARE = 0.5
 """Tokens of healing over tokens of distillation."""
-CALIBRATED = "+ calibration"
+HEAL_OF_LAYOUT = {"learning_rate": 1e-4, "form_learning_rate": 1e-3}
+"""Of one layout: smaller than where layouts are drawn, for every step trains the same twins."""
 
 app = application()
-
-
-@dataclass(frozen=True)
-class Variant:
-    """window: tokens, 0 for none. calibrate: forms start from statistics of their teachers. heal: twins are trained
-    together afterwards."""
-
-    name: str
-    window: int
-    calibrate: bool = True
-    heal: bool = False
-
-    @property
-    def folder(self) -> str:
-        return self.name.replace("+ ", "").replace(" ", "_")
-
-
-def variants(window: int) -> list[Variant]:
-    """From the least to the most that a twin can have."""
-    return [
-        Variant("form only", 0),
-        Variant("form + window", window, calibrate=False),
-        Variant(CALIBRATED, window),
-        Variant("+ heal", window, heal=True),
-    ]
 
 
 @dataclass(frozen=True)
@@ -89,7 +66,7 @@ def twins(
     small: Annotated[bool, typer.Option("--small", help="A tiny random model: the whole path in seconds.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Ablation of the twins: no-op, window only, form only, both, calibrated, healed."""
+    """Ablation of the twins: no-op, window only, form only, both, calibrated, other training, healed."""
     with one_line_errors(NAME, debug):
         threads = use_threads(threads)
         from benchmarks.machine import describe
@@ -136,78 +113,123 @@ def _setting(
     return Setting(backbone, form, 16 if small else window, tokens, tasks, corpus, counts, precision)
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A variant's twins: error and largest error over layers on held-out text, seconds of training. healed: by layers
+    replaced, twins that were healed for that layout, with their seconds. checkpoints: see `Checkpoints.summary`."""
+
+    twins: Any
+    reports: Sequence[dict[str, Any]]
+    error: float | None
+    largest: float | None
+    seconds: float
+    healed: dict[int, tuple[Any, float]] = field(default_factory=dict)
+    checkpoints: dict[str, float] | None = None
+
+
 def _run(setting: Setting, folder: Path) -> list[dict[str, Any]]:
     """A row for the base, each control and each variant."""
+    from benchmarks.studies.twin_variants import CALIBRATED, LAYOUT, variants
     from dtr_deploy.hybrid.controls import CONTROLS, make_control
     from dtr_deploy.hybrid.model import make_hybrid
 
-    backbone = setting.backbone.model
-    trained = {variant.name: _train(setting, variant, folder) for variant in variants(setting.window)}
-    layouts = _layouts(setting, trained[CALIBRATED]["twins"], folder / "ranking.sqlite")
+    backbone, chosen = setting.backbone.model, variants(setting.window)
+    trained = {variant.name: _train(setting, variant, folder) for variant in chosen}
+    layouts = _layouts(setting, trained[CALIBRATED].twins, folder / "ranking.sqlite")
+    for variant in chosen:
+        if variant.heal == LAYOUT:
+            for count, layout in layouts.items():
+                trained[variant.name].healed[count] = _heal_layout(setting, trained[variant.name], layout, folder)
 
-    def row(name: str, slug: str, error: float | None, make: Callable[[Layout], Any], **more: Any) -> dict[str, Any]:
+    def row(name: str, slug: str, error: float | None, make: Callable[[int], Any], **more: Any) -> dict[str, Any]:
         scores = {
-            count: _scores(setting, folder / "scores" / f"{slug}.{count}.json", lambda layout=layout: make(layout))  # type: ignore[misc]
-            for count, layout in layouts.items()
+            count: _scores(setting, folder / "scores" / f"{slug}.{count}.json", lambda count=count: make(count))  # type: ignore[misc]
+            for count in layouts
         }
         return {"tokens": setting.tokens, "variant": name, "error": error, "scores": scores} | more
 
     base = _scores(setting, folder / "scores" / "base.json", lambda: backbone)
     rows = [{"tokens": setting.tokens, "variant": "base", "error": None, "scores": {0: base}}]
     for control in CONTROLS:
-        reports = trained[CALIBRATED]["reports"]
-        error = statistics.mean(report[control]["relative_error"] for report in reports)
+        error = statistics.mean(report[control]["relative_error"] for report in trained[CALIBRATED].reports)
         name = {"no_op": "no-op", "window_only": "window only"}[control]
         rows.append(
-            row(name, control, error, lambda layout, c=control: make_control(backbone, layout, c, setting.window))  # type: ignore[misc]
-        )
-    for variant in variants(setting.window):
-        done = trained[variant.name]
-        rows.append(
             row(
-                variant.name,
-                variant.folder,
-                done["error"],
-                lambda layout, v=variant, d=done: make_hybrid(backbone, layout, v.window, d["twins"]),  # type: ignore[misc]
-                largest=done["largest"],
-                seconds=done["seconds"],
-            )
+                name, control, error, lambda count, c=control: make_control(backbone, layouts[count], c, setting.window)
+            )  # type: ignore[misc]
         )
+    for variant in chosen:
+        done = trained[variant.name]
+
+        def hybrid(count: int, variant: Variant = variant, done: Trained = done) -> Any:
+            twins = done.healed[count][0] if done.healed else done.twins
+            return make_hybrid(backbone, layouts[count], variant.window, twins)
+
+        seconds = done.seconds + (statistics.mean(took for _, took in done.healed.values()) if done.healed else 0.0)
+        more = {"largest": done.largest, "seconds": seconds, "checkpoints": done.checkpoints}
+        rows.append(row(variant.name, variant.folder, done.error, hybrid, **more))
     return rows
 
 
-def _train(setting: Setting, variant: Variant, folder: Path) -> dict[str, Any]:
-    """Twins of every layer, their mean and largest relative error on held-out text, and the seconds they took."""
+def _train(setting: Setting, variant: Variant, folder: Path) -> Trained:
+    """Twins of every layer. Those to be healed for one layout are the calibrated ones, as they are."""
+    from benchmarks.studies.twin_variants import CALIBRATED, NONE, TOGETHER, Checkpoints, StudentPrefix
     from dtr_deploy.distill.heal import HealSettings, heal
-    from dtr_deploy.distill.stage import DistillSettings, distill, load_twins, relative_errors
+    from dtr_deploy.distill.stage import Variation, distill, load_twins, relative_errors
+    from dtr_deploy.distill.trainer import DistillSettings
     from dtr_deploy.progress import CountingBar, for_terminal
 
     backbone, corpus = setting.backbone.model, setting.corpus
     layers = list(range(setting.backbone.layers))
     settings = DistillSettings(tokens=setting.tokens, calibrate=variant.calibrate, precision=setting.precision)
-    source = CALIBRATED.replace("+ ", "") if variant.heal else variant.folder
+    source = variant.folder if variant.heal == NONE else CALIBRATED.replace("+ ", "")
+    looks = Checkpoints(backbone, setting.form, corpus.held_out[12:16], folder / "checkpoints.json")
+    variation = Variation(
+        activations=StudentPrefix(backbone, setting.form) if variant.student_prefix else None,
+        watch=looks if variant.name == CALIBRATED else None,
+    )
     with CountingBar(for_terminal(), f"{setting.tokens:,} tokens, {variant.name}") as report:
         result = distill(
             backbone, corpus.train, corpus.held_out, [setting.form], layers, variant.window, settings, folder / source,
-            report,
+            report, variation,
         )  # fmt: skip
         found, seconds = load_twins(result.files), result.seconds
         errors = [twin.trained.relative_error for twin in result.reports]
-        if variant.heal:
+        if variant.heal == TOGETHER:
             healing = HealSettings(tokens=int(HEAL_SHARE * setting.tokens), precision=setting.precision)
             healed = heal(
                 backbone, found, variant.window, corpus.train, healing, folder / variant.folder, progress=report
             )
             found, seconds = load_twins(healed.files), seconds + healed.seconds
             errors = list(relative_errors(backbone, found, variant.window, corpus.held_out).values())
-    reports = [twin.to_dict() for twin in result.reports]
-    return {
-        "twins": found,
-        "reports": reports,
-        "error": statistics.mean(errors),
-        "largest": max(errors),
-        "seconds": seconds,
-    }
+    by_layout = variant.heal not in (NONE, TOGETHER)
+    return Trained(
+        found,
+        [twin.to_dict() for twin in result.reports],
+        None if by_layout else statistics.mean(errors),
+        None if by_layout else max(errors),
+        seconds,
+        checkpoints=looks.summary() if variant.name == CALIBRATED and looks.errors() else None,
+    )
+
+
+def _heal_layout(setting: Setting, trained: Trained, layout: Layout, folder: Path) -> tuple[Any, float]:
+    """Twins of one layout, trained in it end to end, and the seconds of that."""
+    from dtr_deploy.distill.heal import HealSettings, heal
+    from dtr_deploy.distill.stage import load_twins
+    from dtr_deploy.hybrid.layout import replaced
+    from dtr_deploy.progress import CountingBar, for_terminal
+
+    settings = HealSettings(
+        tokens=int(HEAL_SHARE * setting.tokens), precision=setting.precision, **HEAL_OF_LAYOUT
+    )  # fmt: skip
+    count = replaced(layout)
+    with CountingBar(for_terminal(), f"{setting.tokens:,} tokens, healing {count} layers") as report:
+        healed = heal(
+            setting.backbone.model, trained.twins, setting.window, setting.corpus.train, settings,
+            folder / f"healed_{count}", layout, report,
+        )  # fmt: skip
+    return load_twins(healed.files), healed.seconds
 
 
 def _layouts(setting: Setting, twins: Any, file: Path) -> dict[int, Layout]:

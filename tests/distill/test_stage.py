@@ -10,8 +10,9 @@ from dtr_deploy.distill import files as files_module
 from dtr_deploy.distill.calibrate import LONGEST, teacher_statistics
 from dtr_deploy.distill.evaluate import window_only
 from dtr_deploy.distill.narrow_teacher import NarrowTeacher
-from dtr_deploy.distill.stage import DistillSettings, distill, load_twins
+from dtr_deploy.distill.stage import distill, load_twins
 from dtr_deploy.distill.teacher import attention_activations
+from dtr_deploy.distill.trainer import DistillSettings
 from dtr_deploy.hybrid.mixer import HybridMixer
 from dtr_deploy.hybrid.model import make_hybrid
 from dtr_deploy.hybrid.precision import products_in

@@ -1,0 +1,149 @@
+"""One twin in training: its weights, its optimiser and one update; and the file that holds many of them half-way."""
+
+import math
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dtr_deploy.distill.files import write_safetensors
+from dtr_deploy.distill.teacher import Activations
+from dtr_deploy.hybrid.mixer import HybridMixer, own_parameters
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """tokens: budget of training tokens; batch_size: sequences a step; teacher_sequences: of one pass of the teacher,
+    which several steps share, since large products are faster than small ones; learning_rate: of inherited projections;
+    form_learning_rate: of a form's own parameters; calibrate: start forms from statistics of their teachers;
+    checkpoint_seconds: how much a kill may cost.
+
+    precision: of the products with large projections, in the teacher and in twins: "float32", "bfloat16" (through
+    autocast; weights, optimiser, states and losses stay float32) or "auto", which is bfloat16 where the processor
+    multiplies it natively. Errors are always reported in float32.
+    """
+
+    tokens: int = 100_000
+    batch_size: int = 1
+    teacher_sequences: int = 4
+    learning_rate: float = 1e-3
+    form_learning_rate: float = 2e-2
+    warmup_steps: int = 10
+    clip_norm: float = 1.0
+    calibrate: bool = True
+    seed: int = 0
+    checkpoint_seconds: float = 60.0
+    precision: str = "auto"
+
+
+class Trainer:
+    """One twin and its optimiser."""
+
+    def __init__(self, backbone: Any, layer: int, form: str, window: int, settings: DistillSettings) -> None:
+        # The seed depends on the twin alone, so that which other twins are trained does not matter.
+        torch.manual_seed(settings.seed * 1_000_003 + layer)
+        teacher = backbone.model.layers[layer].self_attn
+        self.mixer = HybridMixer(teacher, backbone.config, form, window, layer)
+        self.teacher = HybridMixer(teacher, backbone.config, form, window, layer)
+        self.teacher.form.load_state_dict(self.mixer.form.state_dict())
+        own_parameters(self.mixer)
+        self.mixer.requires_grad_(True)
+        self.settings = settings
+        inherited = [p for n, p in self.mixer.named_parameters() if not n.startswith("form.")]
+        own = [p for n, p in self.mixer.named_parameters() if n.startswith("form.")]
+        self.groups = [(inherited, settings.learning_rate), (own, settings.form_learning_rate)]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": params, "lr": rate} for params, rate in self.groups], weight_decay=0.0, fused=True
+        )
+
+    def steps(
+        self,
+        first: int,
+        steps: int,
+        hidden: Tensor,
+        target: Tensor,
+        activations: Activations,
+        mixed: AbstractContextManager[Any],
+    ) -> float:
+        """Updates `first`, `first` + 1, ... on `batch_size` sequences each; returns the last relative error."""
+        size, error = self.settings.batch_size, math.nan
+        for index, (x, y) in enumerate(zip(hidden.split(size), target.split(size), strict=True)):
+            error = self._step(first + index, steps, x, y.float(), activations, mixed)
+        return error
+
+    def _step(
+        self,
+        step: int,
+        steps: int,
+        hidden: Tensor,
+        target: Tensor,
+        activations: Activations,
+        mixed: AbstractContextManager[Any],
+    ) -> float:
+        """One update; returns the relative error before it."""
+        schedule = min(1.0, (step + 1) / self.settings.warmup_steps) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group, (_, rate) in zip(self.optimizer.param_groups, self.groups, strict=True):
+            group["lr"] = rate * max(schedule, 1e-3)
+        with mixed:
+            out, _ = self.mixer(hidden, activations.position_embeddings)
+        loss = (out.float() - target).square().sum() / target.square().sum()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.mixer.parameters(), self.settings.clip_norm)
+        self.optimizer.step()
+        return loss.item()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on."""
+        state = {f"weight.{n}": p.detach() for n, p in self.mixer.named_parameters()}
+        state |= {f"start.{n}": p.detach() for n, p in self.teacher.form.named_parameters()}
+        for n, p in self.mixer.named_parameters():
+            for key, value in self.optimizer.state.get(p, {}).items():
+                state[f"optimizer.{key}.{n}"] = value.detach()
+        return state
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Tensor]) -> None:
+        for n, p in self.mixer.named_parameters():
+            p.copy_(state[f"weight.{n}"])
+            self.optimizer.state[p] = {
+                key: state[f"optimizer.{key}.{n}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+        for n, p in self.teacher.form.named_parameters():
+            p.copy_(state[f"start.{n}"])
+
+
+class HalfWay:
+    """The one file that holds a run between two steps. Replaced as a whole: a kill leaves the old or the new."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def save(self, trainers: dict[tuple[int, str], Trainer], step: int, seconds: float) -> None:
+        tensors = {
+            f"{layer}.{form}.{name}": tensor.contiguous()
+            for (layer, form), trainer in trainers.items()
+            for name, tensor in trainer.tensors().items()
+        }
+        write_safetensors(self.path, tensors, {"step": str(step), "seconds": str(seconds)})
+
+    def load(self, trainers: dict[tuple[int, str], Trainer]) -> tuple[int, float]:
+        """(steps done, seconds spent), restoring the trainers; (0, 0.0) if there is nothing to go on from."""
+        if not self.path.is_file():
+            return 0, 0.0
+        from safetensors import safe_open
+
+        with safe_open(self.path, "pt") as file:
+            metadata = file.metadata()
+        tensors = load_file(self.path)
+        for (layer, form), trainer in trainers.items():
+            prefix = f"{layer}.{form}."
+            trainer.restore({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+        return int(metadata["step"]), float(metadata["seconds"])
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
