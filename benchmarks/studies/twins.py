@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,8 +32,8 @@ HELD_OUT = 24
 """Sequences: errors are reported on the first twelve, layers ranked by the first eight, divergence read on the last."""
 HEAL_SHARE = 0.5
 """Tokens of healing over tokens of distillation."""
-HEAL_OF_LAYOUT = {"learning_rate": 1e-4, "form_learning_rate": 1e-3}
-"""Of one layout: smaller than where layouts are drawn, for every step trains the same twins."""
+LAYOUT_RATES = (1e-4, 1e-3)
+"""Learning rates where one layout is healed: smaller than where layouts are drawn, every step trains the same twins."""
 
 app = application()
 
@@ -143,7 +144,7 @@ def _run(setting: Setting, folder: Path) -> list[dict[str, Any]]:
 
     def row(name: str, slug: str, error: float | None, make: Callable[[int], Any], **more: Any) -> dict[str, Any]:
         scores = {
-            count: _scores(setting, folder / "scores" / f"{slug}.{count}.json", lambda count=count: make(count))  # type: ignore[misc]
+            count: _scores(setting, folder / "scores" / f"{slug}.{count}.json", partial(make, count))
             for count in layouts
         }
         return {"tokens": setting.tokens, "variant": name, "error": error, "scores": scores} | more
@@ -153,11 +154,11 @@ def _run(setting: Setting, folder: Path) -> list[dict[str, Any]]:
     for control in CONTROLS:
         error = statistics.mean(report[control]["relative_error"] for report in trained[CALIBRATED].reports)
         name = {"no_op": "no-op", "window_only": "window only"}[control]
-        rows.append(
-            row(
-                name, control, error, lambda count, c=control: make_control(backbone, layouts[count], c, setting.window)
-            )  # type: ignore[misc]
-        )
+
+        def layers_without(count: int, control: str = control) -> Any:
+            return make_control(backbone, layouts[count], control, setting.window)
+
+        rows.append(row(name, control, error, layers_without))
     for variant in chosen:
         done = trained[variant.name]
 
@@ -220,9 +221,13 @@ def _heal_layout(setting: Setting, trained: Trained, layout: Layout, folder: Pat
     from dtr_deploy.hybrid.layout import replaced
     from dtr_deploy.progress import CountingBar, for_terminal
 
+    rate, form_rate = LAYOUT_RATES
     settings = HealSettings(
-        tokens=int(HEAL_SHARE * setting.tokens), precision=setting.precision, **HEAL_OF_LAYOUT
-    )  # fmt: skip
+        tokens=int(HEAL_SHARE * setting.tokens),
+        learning_rate=rate,
+        form_learning_rate=form_rate,
+        precision=setting.precision,
+    )
     count = replaced(layout)
     with CountingBar(for_terminal(), f"{setting.tokens:,} tokens, healing {count} layers") as report:
         healed = heal(

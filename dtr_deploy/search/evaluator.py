@@ -13,7 +13,7 @@ from dtr_deploy.search.objective import Screening
 from dtr_deploy.search.problem import Candidate
 from dtr_deploy.tasks.base import Split, TaskScore
 
-SCORE, SCREEN = "score", "screen"
+SCORE, SCREEN, ATTRIBUTION = "score", "screen", "attribution"
 """Kinds of trials in the ledger."""
 
 
@@ -57,6 +57,16 @@ class Evaluator(Protocol):
 
     def screen(self, layouts: Sequence[Layout]) -> Iterator[Finished]:
         """Screenings (as `screening` reads them), each as soon as it is there, in any order."""
+        ...
+
+    @property
+    def attributable(self) -> bool:
+        """Whether `attribute` can do the tasks at hand, and is cheaper than trying."""
+        ...
+
+    def attribute(self, start: Layout, layouts: Sequence[Layout], priced: bool) -> Iterator[Finished]:
+        """Estimates of layouts that differ from `start` in one layer, or not at all: screenings and, if `priced`, raw
+        results of the first part of the search split."""
         ...
 
     def screening(self, layout: Layout, scalars: Mapping[str, Any]) -> Screening: ...

@@ -17,7 +17,9 @@ import numpy as np
 from dtr_deploy.hybrid.layout import Layout, full
 from dtr_deploy.hybrid.model import Twins
 from dtr_deploy.hybrid.precision import products_dtype
-from dtr_deploy.search.evaluator import SCORE, SCREEN, Finished
+from dtr_deploy.search import attribution_runs
+from dtr_deploy.search.attribution_runs import AttributionRuns
+from dtr_deploy.search.evaluator import ATTRIBUTION, SCORE, SCREEN, Finished
 from dtr_deploy.search.forward import LAYOUTS_AT_ONCE, LayerPool, PrefixForward
 from dtr_deploy.search.objective import Screening
 from dtr_deploy.search.problem import Candidate
@@ -35,8 +37,8 @@ from dtr_deploy.tasks.base import Split, Task, TaskScore
 from dtr_deploy.tasks.divergence import Divergence, join
 from dtr_deploy.tasks.generation import GenerationTask
 from dtr_deploy.tasks.parts import PARTS
-from dtr_deploy.tasks.request_task import RequestTask
-from dtr_deploy.tasks.scoring import ScoringBatch
+from dtr_deploy.tasks.request_task import Part, RequestTask
+from dtr_deploy.tasks.scoring import RequestScores, ScoringBatch
 
 BORDER_BYTES = 2 << 30
 """Memory that a search may fill with hidden states between layers, over all its tasks."""
@@ -135,7 +137,45 @@ class ModelEvaluator:
 
     def screening(self, layout: Layout, scalars: Mapping[str, Any]) -> Screening:
         """See `Evaluator`."""
-        return Screening(layout, scalars["kl"], scalars["perplexity"], scalars["recall"])
+        return Screening(layout, scalars["kl"], scalars.get("perplexity"), scalars["recall"])
+
+    @property
+    def attributable(self) -> bool:
+        """See `Evaluator`."""
+        return attribution_runs.fits([part for _, part in [*self._screened_parts(), *self._priced_parts()]])
+
+    def attribute(self, start: Layout, layouts: Sequence[Layout], priced: bool) -> Iterator[Finished]:
+        """See `Evaluator`. All of them at once, that is what makes it cheap."""
+        started = time.perf_counter()
+        reference = self._refer() / len(layouts)
+        results = self._attribution_runs().run(start, layouts, priced)
+        for result in results:
+            result.layer_forwards += reference
+            for task, part in self._screened_parts():
+                log_probs = np.array(result.scalars["recall"][task.name])
+                lengths = np.array([len(task.requests("search")[index].continuation) for index in part.requests])
+                scores = RequestScores(log_probs, np.zeros(len(lengths), dtype=bool), lengths)
+                result.scalars["recall"][task.name] = task.interpret_items("search", scores, [part]).mean_margin
+        seconds = (time.perf_counter() - started) / len(layouts)
+        work = np.diff(np.round(np.cumsum([result.layer_forwards for result in results])), prepend=0.0)
+        for number, (result, forwards) in enumerate(zip(results, work, strict=True)):
+            yield Finished(number, result.arrays, result.scalars, int(forwards), seconds)
+
+    def _attribution_runs(self) -> AttributionRuns:
+        return AttributionRuns(
+            self.pool,
+            self.products,
+            self._head,
+            self.divergence,
+            [(task.name, part) for task, part in self._screened_parts()],
+            [part for _, part in self._priced_parts()],
+        )
+
+    def _screened_parts(self) -> list[tuple[Any, Any]]:
+        return [(task, _first_part(task, 1)) for task in self.recall]
+
+    def _priced_parts(self) -> list[tuple[Any, Any]]:
+        return [(task, _first_part(task, self.parts("search"))) for task in self.tasks]
 
     def fingerprint(self, kind: str, split: Split, part: int = 0) -> str:
         """See `Evaluator`."""
@@ -146,20 +186,18 @@ class ModelEvaluator:
     def _fingerprint(self, kind: str, split: Split, part: int) -> str:
         arithmetic = f"{self.products}/{type(self.pool.runs(self.products)).__name__}"
         digest = hashlib.sha256(f"{FORMAT}/{self.models_hash}/{kind}/{split}/{arithmetic}".encode())
-        if kind == SCREEN:
+        if kind != SCORE:
             digest.update(self.divergence.fingerprint().encode())
-        else:
+        if kind != SCREEN:
             digest.update(f"/{part}/{self.parts(split)}".encode())
-        for task in self.recall if kind == SCREEN else self.tasks:
+        tasks = {SCORE: self.tasks, SCREEN: self.recall, ATTRIBUTION: [*self.recall, *self.tasks]}
+        for task in tasks[kind]:
             digest.update(f"/{task.name}/{task.fingerprint(split)}".encode())
         return digest.hexdigest()
 
     def _screen(self, layouts: Sequence[Layout]) -> list[RawResult]:
-        extra = 0.0
-        if self._screening is None:  # not in __init__: a search that finds all its trials in the ledger runs no model
-            self._screening = PrefixForward(self.pool, self.divergence.batches(), self.screen_stride, self.products)
-            self.divergence.reference_hidden(list(self._screening.hidden(full(self.layers))), self._head)
-            extra = self._screening.layer_forwards / len(layouts)
+        extra = self._refer() / len(layouts)
+        assert self._screening is not None
         parts: list[list[Any]] = [[] for _ in layouts]
         for number, batch, hidden in self._screening.hidden_many(layouts):
             parts[number].append(self.divergence.read_batch(batch, hidden, self._head))
@@ -174,6 +212,15 @@ class ModelEvaluator:
                 result.layer_forwards += raw.layer_forwards
                 result.scalars["recall"][task.name] = self._recall_margin(task, raw)
         return results
+
+    def _refer(self) -> int:
+        """Make the backbone the divergence's reference, once; the layer-forwards that this took now."""
+        if self._screening is not None:
+            return 0
+        # Not in __init__: a search that finds all its trials in the ledger runs no model.
+        self._screening = PrefixForward(self.pool, self.divergence.batches(), self.screen_stride, self.products)
+        self.divergence.reference_hidden(list(self._screening.hidden(full(self.layers))), self._head)
+        return self._screening.layer_forwards
 
     def _recall_margin(self, task: Task, raw: RawResult) -> float:
         if isinstance(task, RequestTask) and _can_be_dealt(task):
@@ -212,6 +259,10 @@ class ModelEvaluator:
 
 def _can_be_dealt(task: Task) -> bool:
     return isinstance(task, GenerationTask) or (isinstance(task, RequestTask) and task.resumable)
+
+
+def _first_part(task: Task, parts: int) -> Part | None:
+    return task.part("search", 0, parts) if isinstance(task, RequestTask) and _can_be_dealt(task) else None
 
 
 def _most_parts(tasks: Sequence[Task], parts: int) -> int:

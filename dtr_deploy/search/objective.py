@@ -52,12 +52,13 @@ class LayoutScore:
 class Screening:
     """A layout's cheap scores, for ranking only. kl: nats per token from the teacher on held-out text.
 
-    recall: task -> mean margin, nats per answer token, of every recall task screened.
+    recall: task -> mean margin, nats per answer token, of every recall task screened. perplexity: None where it was not
+    looked at.
     """
 
     layout: Layout
     kl: float
-    perplexity: float
+    perplexity: float | None
     recall: Mapping[str, float] = field(default_factory=dict)
 
     def harm_beyond(self, before: Screening, divergence_weight: float) -> float:
@@ -67,6 +68,15 @@ class Screening:
         """
         lost = sum(max(0.0, before.recall[task] - margin) for task, margin in self.recall.items())
         return divergence_weight * (self.kl - before.kl) + lost
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What attribution says of a layout: its screening, and its score on the first part of the items (margins only,
+    whether items are right is not estimated), if that was asked for."""
+
+    screening: Screening
+    score: LayoutScore | None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from dtr_deploy.hybrid.layout import Layout, full, swap
 from dtr_deploy.search.ledger import Ledger, Status
-from dtr_deploy.search.objective import LayoutScore, Loss, Objective, Screening, Visit
+from dtr_deploy.search.objective import Estimate, LayoutScore, Loss, Objective, Screening, Visit
 from dtr_deploy.tasks.base import Split
 from dtr_deploy.throughput.performance import Performance
 
@@ -78,6 +78,15 @@ class LayoutScorer(Protocol):
     def screen(self, layout: Layout) -> Screening: ...
 
     def screen_many(self, layouts: Sequence[Layout]) -> list[Screening]: ...
+
+    @property
+    def attributable(self) -> bool:
+        """Whether `attribute_many` can do the tasks at hand, and is cheaper than trying."""
+        ...
+
+    def attribute_many(self, start: Layout, layouts: Sequence[Layout], priced: bool) -> list[Estimate]:
+        """Estimates of layouts that differ from `start` in one layer, or not at all; priced: of their scores too."""
+        ...
 
     def decide(self, layout: Layout, status: Status, split: Split = "search") -> None:
         """Note in the ledger what became of a scored layout."""
@@ -180,6 +189,14 @@ class Problem:
         for group in self._batches(layouts, message or "screening"):
             screenings += self.scorer.screen_many(group)
         return screenings
+
+    def attribute_many(
+        self, start: Layout, layouts: Sequence[Layout], priced: bool, message: str = ""
+    ) -> list[Estimate]:
+        """What one pass back through `start` says of layouts that differ from it in one layer: for ranking."""
+        self._trials_left()
+        self.report(message or "estimating swaps")
+        return self.scorer.attribute_many(start, layouts, priced)
 
     def commit(self, visit: Visit, changes: Sequence[Candidate], **more: Any) -> None:
         """Go on from this layout."""

@@ -6,15 +6,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from dtr_deploy.errors import UsageError
 from dtr_deploy.hybrid.layout import Layout
-from dtr_deploy.search.evaluator import SCORE, SCREEN, Evaluator, Finished
+from dtr_deploy.search.evaluator import ATTRIBUTION, SCORE, SCREEN, Evaluator, Finished
 from dtr_deploy.search.ledger import Ledger, Status, Trial, TrialKey, TrialResult
 from dtr_deploy.search.model_evaluator import ModelEvaluator, models_hash
-from dtr_deploy.search.objective import LayoutScore, Screening
+from dtr_deploy.search.objective import Estimate, LayoutScore, Screening
 from dtr_deploy.tasks.base import Split
 
 __all__ = ["Evaluator", "ModelEvaluator", "Scorer", "models_hash"]
@@ -87,6 +88,28 @@ class Scorer:
         keys = [TrialKey(SCREEN, layout, "search", inputs) for layout in layouts]
         trials = self._trials(keys, self.evaluator.screen, {})
         return [self.evaluator.screening(key.layout, trial.scalars) for key, trial in zip(keys, trials, strict=True)]
+
+    @property
+    def attributable(self) -> bool:
+        """Whether `attribute_many` can do the tasks at hand, and is cheaper than trying."""
+        return self.evaluator.attributable
+
+    def attribute_many(self, start: Layout, layouts: Sequence[Layout], priced: bool) -> list[Estimate]:
+        """Estimates of layouts that differ from `start` in one layer, or not at all, by one pass back through it.
+
+        priced: also of their scores on the first part of the search split.
+        """
+        inputs = hashlib.sha256(f"{self.evaluator.fingerprint(ATTRIBUTION, 'search')}/{start}/{priced}".encode())
+        keys = [TrialKey(ATTRIBUTION, layout, "search", inputs.hexdigest()) for layout in layouts]
+        trials = self._trials(keys, lambda missing: self.evaluator.attribute(start, missing, priced), {})
+        found = []
+        for layout, trial in zip(layouts, trials, strict=True):
+            score = None
+            if priced:
+                tasks = self.evaluator.interpret("search", [(trial.arrays, trial.scalars)])
+                score = LayoutScore(layout, "search", tuple(tasks), self.evaluator.weights)
+            found.append(Estimate(self.evaluator.screening(layout, trial.scalars), score))
+        return found
 
     def decide(self, layout: Layout, status: Status, split: Split = "search") -> None:
         """Note in the ledger what became of a scored layout, on all of its parts."""

@@ -81,6 +81,12 @@ class Divergence:
         self._teacher = list(hidden_per_batch)
         self._teacher_head = lm_head
 
+    def teacher_reads(self) -> list[Tensor]:
+        """The teacher's final hidden states at each batch's reads, [P,H]. Raises RuntimeError without a reference."""
+        if self._teacher is None:
+            raise RuntimeError("Divergence.reference(backbone) must come first")
+        return [states[batch.rows, batch.positions] for batch, states in zip(self._batches, self._teacher, strict=True)]
+
     def read(self, hidden_per_batch: Iterable[Tensor], lm_head: Callable[[Tensor], Tensor]) -> DivergenceScore:
         """Score from final hidden states [B, T - 1, H] of each batch. Raises RuntimeError without a reference."""
         hidden = zip(range(len(self._batches)), hidden_per_batch, strict=True)

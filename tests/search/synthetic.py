@@ -15,7 +15,7 @@ import numpy as np
 from dtr_deploy.engines.base import Throughput, Workload
 from dtr_deploy.hybrid.layout import Layout, full, replaced
 from dtr_deploy.search.ledger import Ledger, Trial, TrialKey, TrialResult
-from dtr_deploy.search.objective import LayoutScore, Screening
+from dtr_deploy.search.objective import Estimate, LayoutScore, Screening
 from dtr_deploy.search.problem import Candidate
 from dtr_deploy.tasks.base import TaskScore
 from dtr_deploy.throughput.measure import Comparison
@@ -75,6 +75,11 @@ class PlantedEvaluator:
             lost = lost + self.interaction(layout)
         lost = lost * self.factor[split]
         return [self._task(name, split, int(n)) for name, n in zip(("labels", "recall"), lost, strict=True)]
+
+    attributable = False
+
+    def attribute_many(self, start: Layout, layouts: Sequence[Layout], priced: bool) -> list[Estimate]:
+        raise AssertionError("asked for what this scorer cannot do")
 
     def screen(self, layout: Layout) -> Screening:
         shown = [self.seen.get(c, (self.harm[c][0] / self.items, self.harm[c][1] / self.items)) for c in swaps(layout)]

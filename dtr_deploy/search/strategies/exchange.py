@@ -31,8 +31,12 @@ def exchange(problem: Problem, gain: Mapping[Candidate, float], exchanges: int, 
     current = problem.objective.choose(list(problem.visits.values()))
     if current.replaced < 2:
         return
-    newcomers = _newcomers(problem, current.layout, gain, divergence_weight)
-    for layer in _most_harmful(problem, current.layout, divergence_weight)[:exchanges]:
+    if problem.scorer.attributable:
+        newcomers, harmful = _estimated(problem, current.layout, gain, divergence_weight)
+    else:
+        newcomers = _newcomers(problem, current.layout, gain, divergence_weight)
+        harmful = _most_harmful(problem, current.layout, divergence_weight)
+    for layer in harmful[:exchanges]:
         entries = _entries(problem, current, layer, newcomers)
         if not entries:
             continue
@@ -45,6 +49,24 @@ def exchange(problem: Problem, gain: Mapping[Candidate, float], exchanges: int, 
             newcomers = [new for new in newcomers if current.layout[new.layer] is None]
         else:
             problem.reject(outcome.visit, outcome.winner.changes, taken_back=[[layer, current.layout[layer]]])
+
+
+def _estimated(
+    problem: Problem, layout: Layout, gain: Mapping[Candidate, float], divergence_weight: float
+) -> tuple[list[Candidate], list[int]]:
+    """`_newcomers` and `_most_harmful`, by attribution on top of `layout`."""
+    left = [candidate for candidate in sorted(problem.scorer.candidates) if layout[candidate.layer] is None]
+    taken = [layer for layer, form in enumerate(layout) if form is not None]
+    layouts = [apply(layout, [candidate]) for candidate in left] + [swap(layout, layer, None) for layer in taken]
+    whole, *changed = problem.attribute_many(layout, [layout, *layouts], False, "estimating exchanges")
+    screenings = [estimate.screening for estimate in changed]
+    harm = {
+        candidate: screening.harm_beyond(whole.screening, divergence_weight) / gain[candidate]
+        for candidate, screening in zip(left, screenings, strict=False)
+    }
+    back = dict(zip(taken, screenings[len(left) :], strict=True))
+    harmful = sorted(taken, key=lambda layer: (-whole.screening.harm_beyond(back[layer], divergence_weight), layer))
+    return one_per_layer(in_order(harm))[:NEWCOMERS], harmful
 
 
 def _newcomers(

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from dtr_deploy.hybrid.layout import Layout
 from dtr_deploy.search.objective import LayoutScore, Visit
 from dtr_deploy.search.problem import Candidate, Problem
-from dtr_deploy.search.statistics import Interval, cautious_difference, margin_standard_error
+from dtr_deploy.search.statistics import Interval, cautious_difference
+from dtr_deploy.search.strategies.ranking import price
 
 WORSE, OUT_OF_BOUNDS, TIED = "worse", "out of bounds", "tied"
 
@@ -124,11 +125,8 @@ class _Field:
         }
 
     def price(self, entry: Entry) -> float:
-        """Margin lost over gain. A loss below its standard error counts as one standard error."""
-        score = self.scores[entry]
-        noise = margin_standard_error(self.start.tasks, score.tasks, score.weights)
-        lost = self.start.margin - score.margin
-        return max(lost, noise if noise < float("inf") else 0.0) / entry.gain
+        """See `price`."""
+        return price(self.start, self.scores[entry], entry.gain)
 
     def by_price(self, entries: Sequence[Entry]) -> list[Entry]:
         """Cheapest first."""

@@ -2,10 +2,11 @@
 once while it costs nothing that can be seen.
 
 The ranking is a guess, the scores decide: a step is committed only if the whole layout scores within bounds. It is made
-of a screening and of the first part of the task's own items, since either alone misleads. Groups that fail, or lose
-visibly, are split until the layer at fault is alone; a layer that is out of bounds alone goes to the back, and ranks
-of what is next are refreshed on top of what is committed, for that is where interactions matter. At the end the chosen
-layout's worst layers are tried for exchange (`exchange`).
+of a screening and of the first part of the task's own items, since either alone misleads; both come from one pass back
+through the backbone (`attribution`), or, for tasks without a gradient, from trying every swap. Groups that fail, or
+lose visibly, are split until the layer at fault is alone; a layer that is out of bounds alone goes to the back, and
+ranks of what is next are refreshed on top of what is committed, for that is where interactions matter. At the end the
+chosen layout's worst layers are tried for exchange (`exchange`).
 
 Cost for a whole frontier of 30 layers and 2 forms: about a tenth of the layer-forwards that the paper's greedy takes
 for its 928 scorings.
@@ -24,7 +25,15 @@ from dtr_deploy.search.problem import Candidate, Problem, apply
 from dtr_deploy.search.statistics import cautious_difference
 from dtr_deploy.search.strategies.exchange import exchange
 from dtr_deploy.search.strategies.race import OUT_OF_BOUNDS, TIED, Entry, Outcome, first_prices, race
-from dtr_deploy.search.strategies.ranking import DIVERGENCE_WEIGHT, Belief, gains, harms, in_order, one_per_layer
+from dtr_deploy.search.strategies.ranking import (
+    DIVERGENCE_WEIGHT,
+    Belief,
+    estimated,
+    gains,
+    harms,
+    in_order,
+    one_per_layer,
+)
 
 _SAME = 1e-9
 
@@ -75,15 +84,8 @@ class _Walk:
         self.problem, self.settings = problem, settings
         candidates = sorted(problem.scorer.candidates)
         layers = len({candidate.layer for candidate in candidates})
-        ranking = len(candidates) * (2 if problem.scorer.parts > 1 else 1)
-        problem.foresee(1 + ranking + UNITS_PER_LAYER * problem.room)
         self.gain = gains(problem)
-        harm = harms(problem, problem.committed.layout, candidates, self.gain, settings.divergence_weight)
-        self.belief = Belief(harm)
-        if problem.scorer.parts > 1:
-            entries = [self._entry([candidate]) for candidate in candidates]
-            prices = first_prices(problem, problem.committed.layout, entries, "scoring single swaps")
-            self.belief.price = {entry.changes[0]: price for entry, price in prices.items()}
+        self.belief = self._first_belief(candidates)
         believed = self.belief.of(candidates)
         self.remaining = in_order(believed)
         problem.record("rank", ranking=[[*candidate, believed[candidate]] for candidate in self.remaining])
@@ -92,6 +94,23 @@ class _Walk:
         self.first_size = self.size = settings.step or max(1, math.ceil(layers / 10))
         self.suspects = self.failures = 0
         self.begun_at = problem.done
+
+    def _first_belief(self, candidates: Sequence[Candidate]) -> Belief:
+        """By attribution where that works, else by trying every swap."""
+        problem, start, weight = self.problem, self.problem.committed.layout, self.settings.divergence_weight
+        priced = problem.scorer.parts > 1
+        if problem.scorer.attributable:
+            problem.foresee(1 + UNITS_PER_LAYER * problem.room)
+            belief = Belief({})
+            belief.harm, belief.price = estimated(problem, start, candidates, self.gain, weight, priced)
+            return belief
+        problem.foresee((2 if priced else 1) * len(candidates) + UNITS_PER_LAYER * problem.room)
+        belief = Belief(harms(problem, start, candidates, self.gain, weight))
+        if priced:
+            entries = [self._entry([candidate]) for candidate in candidates]
+            prices = first_prices(problem, start, entries, "scoring single swaps")
+            belief.price = {entry.changes[0]: price for entry, price in prices.items()}
+        return belief
 
     def go(self) -> None:
         """Race and commit until the objective is reached, nothing is left, or patience ends."""

@@ -12,7 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from dtr_deploy.hybrid.layout import Layout, full
+from dtr_deploy.search.objective import LayoutScore
 from dtr_deploy.search.problem import Candidate, Problem, apply
+from dtr_deploy.search.statistics import margin_standard_error
 
 DIVERGENCE_WEIGHT = 3.0
 """Nats of KL per token over nats of recall margin. A single swap's KL is a few hundredths of a nat, the margin a
@@ -38,6 +40,33 @@ def harms(
         change: screening.harm_beyond(before, divergence_weight) / gain[change]
         for change, screening in zip(order, after, strict=True)
     }
+
+
+def estimated(
+    problem: Problem,
+    start: Layout,
+    candidates: Sequence[Candidate],
+    gain: Mapping[Candidate, float],
+    divergence_weight: float = DIVERGENCE_WEIGHT,
+    priced: bool = False,
+) -> tuple[dict[Candidate, float], dict[Candidate, float]]:
+    """`harms` by attribution, and (if `priced`) prices on the first part of the items, for about what three swaps cost
+    to try. Only of a scorer that is `attributable`."""
+    layouts = [start, *(apply(start, [change]) for change in candidates)]
+    before, *after = problem.attribute_many(start, layouts, priced, "estimating all swaps at once")
+    harm, prices = {}, {}
+    for change, estimate in zip(candidates, after, strict=True):
+        harm[change] = estimate.screening.harm_beyond(before.screening, divergence_weight) / gain[change]
+        if before.score is not None and estimate.score is not None:
+            prices[change] = price(before.score, estimate.score, gain[change])
+    return harm, prices
+
+
+def price(start: LayoutScore, score: LayoutScore, gain: float) -> float:
+    """Margin (nats) that a change of `start` loses, over its gain. A loss below its standard error counts as one
+    standard error."""
+    noise = margin_standard_error(start.tasks, score.tasks, score.weights)
+    return max(start.margin - score.margin, noise if noise < float("inf") else 0.0) / gain
 
 
 def gains(problem: Problem) -> dict[Candidate, float]:
