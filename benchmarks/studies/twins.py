@@ -131,7 +131,7 @@ class Trained:
 def _run(setting: Setting, folder: Path) -> list[dict[str, Any]]:
     """A row for the base, each control and each variant."""
     from benchmarks.studies.twin_variants import CALIBRATED, LAYOUT, variants
-    from dtr_deploy.hybrid.controls import CONTROLS, make_control
+    from dtr_deploy.hybrid.controls import CONTROLS, Control, make_control
     from dtr_deploy.hybrid.model import make_hybrid
 
     backbone, chosen = setting.backbone.model, variants(setting.window)
@@ -155,7 +155,7 @@ def _run(setting: Setting, folder: Path) -> list[dict[str, Any]]:
         error = statistics.mean(report[control]["relative_error"] for report in trained[CALIBRATED].reports)
         name = {"no_op": "no-op", "window_only": "window only"}[control]
 
-        def layers_without(count: int, control: str = control) -> Any:
+        def layers_without(count: int, control: Control = control) -> Any:
             return make_control(backbone, layouts[count], control, setting.window)
 
         rows.append(row(name, control, error, layers_without))

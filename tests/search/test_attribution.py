@@ -24,7 +24,7 @@ from tests.tiny import tiny_backbone, tiny_tokenizer
 
 HYBRID = ("gla", None, None, "gated_deltanet", None)
 SWAPS = [(0, "gla"), (0, None), (2, "gated_deltanet"), (3, None), (4, "gla")]
-STEP = 1e-4
+STEP = 1e-2  # norms are in float32 whatever the model is in: a smaller one drowns in rounding
 GENERATOR = torch.Generator().manual_seed(3)
 CONTEXTS = [tuple(torch.randint(8, 500, (n,), generator=GENERATOR).tolist()) for n in (21, 14)]
 REQUESTS = [  # two of one row, one of several tokens, one of a shorter row
@@ -91,8 +91,9 @@ def test_log_odds_change_as_the_numerical_derivative_says(world, layout) -> None
         for request, odds in enumerate(now):
             slope = sum((a - b) / (2 * STEP) for a, b in zip(up[request], down[request], strict=True))
             expected = sum(-math.log1p(math.exp(-(z + slope / len(odds)))) for z in odds)
-            assert found.after[number, request].item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    assert found.after.std(0).min() > 1e-5  # swaps differ, so the comparison says something
+            change = found.after[number, request].item() - before[request]
+            assert change == pytest.approx(expected - before[request], rel=1e-2, abs=1e-3)
+    assert (found.after - found.before).abs().max(0).values.min() > 0.05  # so the comparison says something
 
 
 @torch.no_grad()
@@ -168,7 +169,8 @@ def test_estimates_of_a_start_are_its_scores_and_are_kept() -> None:
 
     again = Scorer(evaluator, ledger)
     evaluator._attribution_runs = None  # type: ignore[method-assign,assignment]  # must not be wanted
-    assert again.attribute_many(HYBRID, layouts, priced=True)[0] == start
+    kept, *_ = again.attribute_many(HYBRID, layouts, priced=True)
+    assert kept.screening == start.screening and kept.score is not None and kept.score.margin == start.score.margin
     kinds = {trial.kind for trial in ledger.trials(kind="attribution")}
     assert kinds == {"attribution"} and len(ledger.trials(kind="attribution")) == 4
     assert scorer.attribute_many(HYBRID, layouts[:0], priced=False) == []
