@@ -70,11 +70,13 @@ class Divergences:
 class Attribution:
     """Prices swaps on top of any layout of `pool`, by its modules, on every device.
 
-    products: dtype that linear layers multiply in. head: output embedding.
+    products: dtype that linear layers multiply in. head: output embedding. on_batch: called after each batch.
     """
 
-    def __init__(self, pool: Any, products: torch.dtype, head: Head) -> None:
-        self.pool, self.products, self.head = pool, products, head
+    def __init__(
+        self, pool: Any, products: torch.dtype, head: Head, on_batch: Callable[[], None] = lambda: None
+    ) -> None:
+        self.pool, self.products, self.head, self.on_batch = pool, products, head, on_batch
         self.runs = ModuleRuns(pool.backbone, pool.layers, pool.window, products)
 
     @staticmethod
@@ -223,6 +225,7 @@ class Attribution:
                 for number, (_, grad) in enumerate(at_output):
                     changes[swap, number] = (grad * delta).sum((1, 2), dtype=torch.float64).cpu()
             work += 1 + 2 * len(back)
+        self.on_batch()
         return changes, work * batch.input_ids.shape[0]
 
     @torch.no_grad()

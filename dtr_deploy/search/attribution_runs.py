@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,17 +34,31 @@ class AttributionRuns:
         priced: Sequence[Part],
     ) -> None:
         self.divergence, self.recall, self.priced = divergence, recall, priced
-        self._attribution = Attribution(pool, products, head)
+        self.pool, self.products, self.head = pool, products, head
 
-    def run(self, start: Layout, layouts: Sequence[Layout], priced: bool) -> list[RawResult]:
+    def run(
+        self, start: Layout, layouts: Sequence[Layout], priced: bool, progress: Callable[[int, int], None] | None = None
+    ) -> list[RawResult]:
         """Of each layout: `start` itself, or `start` with one layer changed.
 
         Arrays are those of a score's first part (with `priced`), log-probabilities being estimates and everything else
-        the start's; scalars those of a screening, `recall` holding log-probabilities of requests.
+        the start's; scalars those of a screening, `recall` holding log-probabilities of requests. progress: called with
+        (batches done, batches).
         """
+        tasks = list(self.priced) if priced else []
+        parts = [*(part for _, part in self.recall), *tasks]
+        batches, done = len(self.divergence.batches()) + sum(len(part.batches) for part in parts), 0
+
+        def on_batch() -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(done, batches)
+
+        attribution = Attribution(self.pool, self.products, self.head, on_batch)
         swaps = sorted({change for layout in layouts if (change := changed(start, layout)) is not None}, key=_order)
         rows = [-1 if layout == start else swaps.index(_known(start, layout)) for layout in layouts]
-        found = self._attribution.divergences(
+        found = attribution.divergences(
             start, swaps, self.divergence.batches(), self.divergence.teacher_reads(), SAMPLES
         )
         work = found.layer_forwards
@@ -53,21 +67,18 @@ class AttributionRuns:
             for row in rows
         ]
         for name, part in self.recall:
-            answers = self._answers(start, swaps, part)
+            answers = attribution.answers(start, swaps, part.batches, len(part.requests))
             work += answers.layer_forwards
             for row, result in zip(rows, results, strict=True):
                 result.scalars["recall"][name] = _of(answers, row).tolist()
-        for number, part in enumerate(self.priced if priced else ()):
-            answers = self._answers(start, swaps, part)
+        for number, part in enumerate(tasks):
+            answers = attribution.answers(start, swaps, part.batches, len(part.requests))
             work += answers.layer_forwards
             for row, result in zip(rows, results, strict=True):
                 result.arrays |= {f"{number}.{name}": array for name, array in _arrays(answers, row, part).items()}
         for result in results:
             result.layer_forwards = work / len(results)
         return results
-
-    def _answers(self, start: Layout, swaps: Sequence[Swap], part: Part) -> Answers:
-        return self._attribution.answers(start, swaps, part.batches, len(part.requests))
 
 
 def changed(start: Layout, layout: Layout) -> Swap | None:

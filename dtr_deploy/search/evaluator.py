@@ -10,7 +10,7 @@ import numpy as np
 
 from dtr_deploy.hybrid.layout import Layout
 from dtr_deploy.search.objective import Screening
-from dtr_deploy.search.problem import Candidate
+from dtr_deploy.search.problem import BatchProgress, Candidate
 from dtr_deploy.tasks.base import Split, TaskScore
 
 SCORE, SCREEN, ATTRIBUTION = "score", "screen", "attribution"
@@ -64,7 +64,9 @@ class Evaluator(Protocol):
         """Whether `attribute` can do the tasks at hand, and is cheaper than trying."""
         ...
 
-    def attribute(self, start: Layout, layouts: Sequence[Layout], priced: bool) -> Iterator[Finished]:
+    def attribute(
+        self, start: Layout, layouts: Sequence[Layout], priced: bool, progress: BatchProgress | None = None
+    ) -> Iterator[Finished]:
         """Estimates of layouts that differ from `start` in one layer, or not at all: screenings and, if `priced`, raw
         results of the first part of the search split."""
         ...

@@ -22,7 +22,7 @@ from dtr_deploy.search.attribution_runs import AttributionRuns
 from dtr_deploy.search.evaluator import ATTRIBUTION, SCORE, SCREEN, Finished
 from dtr_deploy.search.forward import LAYOUTS_AT_ONCE, LayerPool, PrefixForward
 from dtr_deploy.search.objective import Screening
-from dtr_deploy.search.problem import Candidate
+from dtr_deploy.search.problem import BatchProgress, Candidate
 from dtr_deploy.search.task_runs import (
     DraftRuns,
     LikelihoodRuns,
@@ -144,11 +144,13 @@ class ModelEvaluator:
         """See `Evaluator`."""
         return attribution_runs.fits([part for _, part in [*self._screened_parts(), *self._priced_parts()]])
 
-    def attribute(self, start: Layout, layouts: Sequence[Layout], priced: bool) -> Iterator[Finished]:
+    def attribute(
+        self, start: Layout, layouts: Sequence[Layout], priced: bool, progress: BatchProgress | None = None
+    ) -> Iterator[Finished]:
         """See `Evaluator`. All of them at once, that is what makes it cheap."""
         started = time.perf_counter()
         reference = self._refer() / len(layouts)
-        results = self._attribution_runs().run(start, layouts, priced)
+        results = self._attribution_runs().run(start, layouts, priced, progress)
         for result in results:
             result.layer_forwards += reference
             for task, part in self._screened_parts():

@@ -19,6 +19,9 @@ from dtr_deploy.throughput.performance import Performance
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, message); `total` is an estimate that may grow."""
 
+BatchProgress = Callable[[int, int], None]
+"""Called with (batches done, batches) inside one unit of work."""
+
 TOGETHER = 8
 """Layouts handed to the scorer at once: enough to share prefixes, few enough to see progress and to stop."""
 
@@ -84,7 +87,9 @@ class LayoutScorer(Protocol):
         """Whether `attribute_many` can do the tasks at hand, and is cheaper than trying."""
         ...
 
-    def attribute_many(self, start: Layout, layouts: Sequence[Layout], priced: bool) -> list[Estimate]:
+    def attribute_many(
+        self, start: Layout, layouts: Sequence[Layout], priced: bool, progress: BatchProgress | None = None
+    ) -> list[Estimate]:
         """Estimates of layouts that differ from `start` in one layer, or not at all; priced: of their scores too."""
         ...
 
@@ -195,8 +200,13 @@ class Problem:
     ) -> list[Estimate]:
         """What one pass back through `start` says of layouts that differ from it in one layer: for ranking."""
         self._trials_left()
-        self.report(message or "estimating swaps")
-        return self.scorer.attribute_many(start, layouts, priced)
+        message = message or "estimating swaps"
+        self.report(message)
+
+        def tell(done: int, batches: int) -> None:
+            self.report(f"{message}, batch {done} of {batches}", 0)
+
+        return self.scorer.attribute_many(start, layouts, priced, tell)
 
     def commit(self, visit: Visit, changes: Sequence[Candidate], **more: Any) -> None:
         """Go on from this layout."""

@@ -16,6 +16,7 @@ from dtr_deploy.search.evaluator import ATTRIBUTION, SCORE, SCREEN, Evaluator, F
 from dtr_deploy.search.ledger import Ledger, Status, Trial, TrialKey, TrialResult
 from dtr_deploy.search.model_evaluator import ModelEvaluator, models_hash
 from dtr_deploy.search.objective import Estimate, LayoutScore, Screening
+from dtr_deploy.search.problem import BatchProgress
 from dtr_deploy.tasks.base import Split
 
 __all__ = ["Evaluator", "ModelEvaluator", "Scorer", "models_hash"]
@@ -94,14 +95,16 @@ class Scorer:
         """Whether `attribute_many` can do the tasks at hand, and is cheaper than trying."""
         return self.evaluator.attributable
 
-    def attribute_many(self, start: Layout, layouts: Sequence[Layout], priced: bool) -> list[Estimate]:
+    def attribute_many(
+        self, start: Layout, layouts: Sequence[Layout], priced: bool, progress: BatchProgress | None = None
+    ) -> list[Estimate]:
         """Estimates of layouts that differ from `start` in one layer, or not at all, by one pass back through it.
 
         priced: also of their scores on the first part of the search split.
         """
         inputs = hashlib.sha256(f"{self.evaluator.fingerprint(ATTRIBUTION, 'search')}/{start}/{priced}".encode())
         keys = [TrialKey(ATTRIBUTION, layout, "search", inputs.hexdigest()) for layout in layouts]
-        trials = self._trials(keys, lambda missing: self.evaluator.attribute(start, missing, priced), {})
+        trials = self._trials(keys, lambda missing: self.evaluator.attribute(start, missing, priced, progress), {})
         found = []
         for layout, trial in zip(layouts, trials, strict=True):
             score = None

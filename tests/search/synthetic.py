@@ -76,11 +76,6 @@ class PlantedEvaluator:
         lost = lost * self.factor[split]
         return [self._task(name, split, int(n)) for name, n in zip(("labels", "recall"), lost, strict=True)]
 
-    attributable = False
-
-    def attribute_many(self, start: Layout, layouts: Sequence[Layout], priced: bool) -> list[Estimate]:
-        raise AssertionError("asked for what this scorer cannot do")
-
     def screen(self, layout: Layout) -> Screening:
         shown = [self.seen.get(c, (self.harm[c][0] / self.items, self.harm[c][1] / self.items)) for c in swaps(layout)]
         kl, margin = np.sum(shown, axis=0) if shown else (0.0, 0.0)
@@ -150,10 +145,13 @@ class NoisyEvaluator:
 
 
 class SyntheticScorer:
-    """A `LayoutScorer` over a truth. `calls` lists what was computed, (kind, layout, split), once a trial."""
+    """A `LayoutScorer` over a truth. `calls` lists what was computed, (kind, layout, split), once a trial.
 
-    def __init__(self, truth: Truth, ledger: Ledger, parts: int = 4) -> None:
-        self.truth, self.ledger, self.parts = truth, ledger, parts
+    attributable: estimates are the truth's own screenings and first parts, and cost nothing.
+    """
+
+    def __init__(self, truth: Truth, ledger: Ledger, parts: int = 4, attributable: bool = False) -> None:
+        self.truth, self.ledger, self.parts, self.attributable = truth, ledger, parts, attributable
         self.layers, self.candidates = truth.layers, sorted(truth.candidates)
         self.calls: list[tuple[str, Layout, str]] = []
         self._spent: dict[TrialKey, Trial] = {}
@@ -183,6 +181,20 @@ class SyntheticScorer:
             tasks = [_joined([part[index][task] for part in dealt]) for task in range(len(self.truth.weights))]
             scores.append(LayoutScore(layout, split, tuple(tasks), self.truth.weights))
         return scores
+
+    def attribute_many(
+        self,
+        start: Layout,
+        layouts: Sequence[Layout],
+        priced: bool,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Estimate]:
+        assert self.attributable, "asked for what this scorer cannot do"
+        assert all(sum(a != b for a, b in zip(start, layout, strict=True)) <= 1 for layout in layouts)
+        self.calls += [("attribution", layout, "search") for layout in layouts]
+        dealt = SyntheticScorer(self.truth, Ledger(":memory:"), self.parts)
+        scores = dealt.score_many(layouts, parts=1) if priced else [None] * len(layouts)
+        return [Estimate(self.truth.screen(layout), score) for layout, score in zip(layouts, scores, strict=True)]
 
     def screen(self, layout: Layout) -> Screening:
         return self.screen_many([layout])[0]

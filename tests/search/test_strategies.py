@@ -268,6 +268,26 @@ def test_progress_counts_up_to_its_total():
     assert all(message for _, _, message in seen)
 
 
+@pytest.mark.parametrize("objective", [FLOOR, Objective(goal="frontier")])
+def test_racing_by_attribution_ranks_as_by_trying(objective):
+    """Exact estimates lead to the same layouts, without a swap tried for the first ranking or for the exchange."""
+    found, calls = [], []
+    for attributable in (False, True):
+        ledger = Ledger(":memory:")
+        scorer = SyntheticScorer(planted()[0], ledger, attributable=attributable)
+        problem = Problem(scorer, LinearCost(), objective, ledger, "test")
+        run(Racing(), problem)
+        found.append([visit.layout for visit in problem.path])
+        calls.append(scorer.calls)
+    tried, estimated = calls
+    assert found[0] == found[1] and len(found[0]) > 3
+    singles = [apply(full(30), [candidate]) for candidate in problem.scorer.candidates]
+    assert {("screen", layout, "search") for layout in singles} <= set(tried)
+    assert not any(kind == "screen" and layout in singles for kind, layout, _ in estimated)
+    assert {("attribution", layout, "search") for layout in singles} <= set(estimated)
+    assert sum(kind == "screen" for kind, *_ in estimated) < 0.5 * sum(kind == "screen" for kind, *_ in tried)
+
+
 def test_unknown_strategy():
     with pytest.raises(UsageError, match=r"search\.strategy: 'raceing'.*racing, exhaustive"):
         make_strategy("raceing")
