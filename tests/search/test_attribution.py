@@ -115,13 +115,13 @@ def test_divergence_changes_as_the_numerical_derivatives_say(world) -> None:
         return attribution.divergences(layout, swaps, divergence.batches(), divergence.teacher_reads(), samples)
 
     swaps = [(0, "gla"), (2, "gated_deltanet"), (4, "gla")]
-    found = estimate(full(LAYERS), swaps, 300)
+    found = estimate(full(LAYERS), swaps, 150)
     assert found.before == pytest.approx(0.0, abs=1e-9)
     for number, (layer, form) in enumerate(swaps):
         step = 0.02
         up, down = (divergence_at(world, divergence, full(LAYERS), layer, form, sign * step) for sign in (1, -1))
-        # 6 rows and 300 draws: a standard error of 3%.
-        assert found.second[number].item() == pytest.approx((up + down) / 2 / step**2, rel=0.15)
+        # 6 rows and 150 draws: a standard error of 5%.
+        assert found.second[number].item() == pytest.approx((up + down) / 2 / step**2, rel=0.2)
         assert abs(found.first[number].item()) < 1e-6
 
     swaps = [(0, None), (2, "gated_deltanet")]
@@ -171,6 +171,5 @@ def test_estimates_of_a_start_are_its_scores_and_are_kept() -> None:
     evaluator._attribution_runs = None  # type: ignore[method-assign,assignment]  # must not be wanted
     kept, *_ = again.attribute_many(HYBRID, layouts, priced=True)
     assert kept.screening == start.screening and kept.score is not None and kept.score.margin == start.score.margin
-    kinds = {trial.kind for trial in ledger.trials(kind="attribution")}
-    assert kinds == {"attribution"} and len(ledger.trials(kind="attribution")) == 4
+    assert len(ledger.trials(kind="attribution")) == len(layouts)
     assert scorer.attribute_many(HYBRID, layouts[:0], priced=False) == []
