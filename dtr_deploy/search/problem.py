@@ -201,9 +201,10 @@ class Problem:
         """What one pass back through `start` says of layouts that differ from it in one layer: for ranking."""
         self._trials_left()
         message = message or "estimating swaps"
-        self.report(message)
+        self.report(message, 0)
 
         def tell(done: int, batches: int) -> None:
+            self._done += 1  # a batch there and back takes about as long as scoring a part
             self.report(f"{message}, batch {done} of {batches}", 0)
 
         return self.scorer.attribute_many(start, layouts, priced, tell)
