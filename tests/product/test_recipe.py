@@ -26,6 +26,13 @@ def test_values_and_defaults(tmp_path: Path) -> None:
     assert recipe.seed == 0 and recipe.search.goal == "throughput"
 
 
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")), ids=lambda f: f.name)
+def test_the_recipes_that_come_with_it_are_read(file: Path) -> None:
+    recipe = load_recipe(file)
+    assert recipe.name == {"quickstart": "smollm2-quickstart"}.get(file.stem, file.stem)
+    assert all(task.name for task in recipe.task_recipes())
+
+
 BAD = [
     # old, new, line of the mistake, what the message has to say
     ("window: 64", "windw: 64", 5, ["windw", "did you mean 'window'?", "accepted: name, model"]),
