@@ -1,6 +1,6 @@
 """Where a step of stage 1 spends its time: timers around public functions, without a change to what is timed.
 
-The teacher pass is `NarrowTeacher` or `attention_activations`, whichever `dtr_deploy.distill.stage` calls, forward is
+The teacher pass is `FusedTeacher` or `attention_activations`, whichever `dtr_deploy.distill.stage` calls, forward is
 `HybridMixer.forward`, backward is `torch.autograd.backward` (which `Tensor.backward` calls), the optimiser is
 `torch.optim.Optimizer.step`.
 """
@@ -70,7 +70,7 @@ def _timed(times: StepTimes, name: str, function: Callable[..., Any]) -> Callabl
 def timed_parts(times: StepTimes) -> Iterator[None]:
     """While this is open, the functions above are timed. Optimisers made before are not."""
     from dtr_deploy.distill import stage
-    from dtr_deploy.distill.narrow_teacher import NarrowTeacher
+    from dtr_deploy.distill.fused_teacher import FusedTeacher
     from dtr_deploy.hybrid.mixer import HybridMixer
 
     began: list[Any] = []
@@ -86,7 +86,7 @@ def timed_parts(times: StepTimes) -> Iterator[None]:
     with ExitStack() as stack:
         for owner, attribute, name in (
             (stage, "attention_activations", "teacher"),
-            (NarrowTeacher, "__call__", "teacher"),
+            (FusedTeacher, "__call__", "teacher"),
             (HybridMixer, "forward", "forward"),
             (torch.autograd, "backward", "backward"),
         ):

@@ -20,7 +20,7 @@ from torch import Tensor
 from dtr_deploy.distill.calibrate import teacher_statistics
 from dtr_deploy.distill.evaluate import Running, TwinReport, window_only
 from dtr_deploy.distill.files import twin_file, write_safetensors, write_text
-from dtr_deploy.distill.narrow_teacher import NarrowTeacher
+from dtr_deploy.distill.fused_teacher import FusedTeacher
 from dtr_deploy.distill.teacher import Activations, attention_activations
 from dtr_deploy.distill.trainer import DistillSettings, HalfWay, Trainer
 from dtr_deploy.hybrid.mixer import HybridMixer
@@ -127,7 +127,7 @@ def distill(
     device = sequences.device.type
     dtype = products_dtype(settings.precision, device)
     mixed = products_in(dtype, device)
-    narrow = NarrowTeacher(backbone, layers) if dtype == torch.bfloat16 and NarrowTeacher.fits(backbone) else None
+    fused = FusedTeacher(backbone, layers, dtype) if FusedTeacher.fits(backbone, dtype) else None
     variation, mixers = variation or Variation(), {key: trainer.mixer for key, trainer in trainers.items()}
     at_once = max(1, settings.teacher_sequences // settings.batch_size)
     for first in range(done, steps, at_once):
@@ -137,7 +137,7 @@ def distill(
             if variation.activations is not None:
                 activations = variation.activations(batch, mixers, first / steps)
             else:
-                activations = narrow(batch) if narrow else attention_activations(backbone, batch, layers)
+                activations = fused(batch) if fused else attention_activations(backbone, batch, layers)
         # One twin after another, so that its weights and moments stay in the cache over the steps of a pass.
         errors = [
             trainer.steps(first, steps, activations.inputs[layer], activations.outputs[layer], activations, mixed)

@@ -19,7 +19,7 @@ from dtr_deploy.errors import UsageError
 from dtr_deploy.hybrid.layout import Layout
 from dtr_deploy.hybrid.model import Twins, make_twin
 from dtr_deploy.search.layer_runs import LayerRuns, ModuleRuns
-from dtr_deploy.search.narrow_runs import NarrowRuns
+from dtr_deploy.search.packed_runs import PackedRuns
 from dtr_deploy.tasks.scoring import ScoringBatch
 
 CALL_TOKENS = 2048
@@ -58,8 +58,8 @@ class LayerPool:
     def runs(self, products: torch.dtype) -> LayerRuns:
         """How layers are run with products in this dtype; one for all that ask, since it may hold converted weights."""
         if products not in self._runs:
-            if NarrowRuns.fits(self.backbone, products):
-                self._runs[products] = NarrowRuns(self.backbone, self.layers)
+            if PackedRuns.fits(self.backbone, products):
+                self._runs[products] = PackedRuns(self.backbone, self.layers, products)
             else:
                 self._runs[products] = ModuleRuns(self.backbone, self.layers, self.window, products)
         return self._runs[products]

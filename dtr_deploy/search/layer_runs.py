@@ -1,7 +1,7 @@
 """How a decoder layer is run over the rows of a batch: by its own Hugging Face module.
 
 `LayerRuns` is what `PrefixForward` walks layouts with; `ModuleRuns` works for every model, device and dtype, and
-`narrow_runs` has the fast one for CPUs. Hidden states of several layouts over one batch lie one after another in the
+`packed_runs` has the fast one for CPUs. Hidden states of several layouts over one batch lie one after another in the
 first dimension, so that one call of a layer serves all of them.
 """
 

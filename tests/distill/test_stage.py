@@ -9,7 +9,7 @@ import torch
 from dtr_deploy.distill import files as files_module
 from dtr_deploy.distill.calibrate import LONGEST, teacher_statistics
 from dtr_deploy.distill.evaluate import window_only
-from dtr_deploy.distill.narrow_teacher import NarrowTeacher
+from dtr_deploy.distill.fused_teacher import FusedTeacher
 from dtr_deploy.distill.stage import distill, load_twins
 from dtr_deploy.distill.teacher import attention_activations
 from dtr_deploy.distill.trainer import DistillSettings
@@ -53,8 +53,8 @@ def test_narrow_products_are_no_further_from_the_teacher_than_autocasts(family):
     exact = attention_activations(backbone, ids, [1, 3])
     with products_in(torch.bfloat16, "cpu"):
         autocast = attention_activations(backbone, ids, [1, 3])
-    assert NarrowTeacher.fits(backbone)
-    narrow = NarrowTeacher(backbone, [1, 3])(ids)
+    assert FusedTeacher.fits(backbone, torch.bfloat16) and not FusedTeacher.fits(backbone, torch.float16)
+    narrow = FusedTeacher(backbone, [1, 3], torch.bfloat16)(ids)
     assert sorted(narrow.inputs) == sorted(narrow.outputs) == [1, 3]
     for ours, theirs, truth in (
         (narrow.inputs, autocast.inputs, exact.inputs),
@@ -63,6 +63,16 @@ def test_narrow_products_are_no_further_from_the_teacher_than_autocasts(family):
         for layer in (1, 3):
             error, other = ((x[layer].float() - truth[layer]).norm() / truth[layer].norm() for x in (ours, theirs))
             assert 0 < error < max(1.5 * other, 1e-2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_fused_teacher_with_float32_products_is_the_teacher(family):
+    backbone, ids = tiny_backbone(family), text(2)
+    exact = attention_activations(backbone, ids, [1, 3])
+    ours = FusedTeacher(backbone, [1, 3], torch.float32)(ids)
+    for mine, theirs in ((ours.inputs, exact.inputs), (ours.outputs, exact.outputs)):
+        for layer in (1, 3):
+            torch.testing.assert_close(mine[layer], theirs[layer], atol=2e-5, rtol=1e-4)
 
 
 def test_statistics_of_a_teacher_whose_attention_is_known():

@@ -6,6 +6,7 @@ import torch
 from dtr_deploy.errors import UsageError
 from dtr_deploy.hybrid.model import make_hybrid
 from dtr_deploy.search.forward import LayerPool, PrefixForward
+from dtr_deploy.search.layer_runs import ModuleRuns
 from dtr_deploy.tasks.requests import Request
 from dtr_deploy.tasks.scoring import hidden_states, plan_batches
 from tests.tiny import randomise_forms, tiny_backbone
@@ -51,6 +52,11 @@ LAYOUTS = [
 ]
 
 
+def by_modules(pool: LayerPool, batches, stride: int) -> PrefixForward:
+    """With padding, and to the last digit: packed layers have tests of their own (test_packed_runs.py)."""
+    return PrefixForward(pool, batches, stride, runs=ModuleRuns(pool.backbone, pool.layers, WINDOW, torch.float32))
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("shared", [0, 50])
 @pytest.mark.parametrize("stride", [0, 1, 2])
@@ -59,7 +65,7 @@ def test_equals_the_whole_model(family, shared, stride):
     twins = make_twins(backbone)
     batches = plan_batches(requests(shared), pad_token_id=0, batch_tokens=150)
     assert len(batches) > 1 and batches[0].shared == shared
-    forward = PrefixForward(LayerPool(backbone, twins, WINDOW), batches, stride)
+    forward = by_modules(LayerPool(backbone, twins, WINDOW), batches, stride)
     for layout in LAYOUTS:
         model = make_hybrid(backbone, layout, WINDOW, twins) if any(layout) else backbone
         expected = list(hidden_states(model, batches))
@@ -154,7 +160,7 @@ def test_an_abandoned_run_leaves_nothing_wrong_behind():
 def test_memory_is_what_was_announced():
     backbone = tiny_backbone(layers=LAYERS)
     batches = plan_batches(requests(0), pad_token_id=0)
-    forward = PrefixForward(LayerPool(backbone, make_twins(backbone), WINDOW), batches, 1)
+    forward = by_modules(LayerPool(backbone, make_twins(backbone), WINDOW), batches, 1)
     list(forward.hidden(LAYOUTS[0]))
     # The embeddings are cheap to make again and not kept: one border less than layers.
     assert forward.kept_bytes == PrefixForward.border_bytes(batches, backbone.config) * (LAYERS - 1) // LAYERS

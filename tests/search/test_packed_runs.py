@@ -1,4 +1,4 @@
-"""Layers with bfloat16 products against the float32 model, and no worse than autocast on the same input."""
+"""Packed layers against the float32 model: equal with float32 products, no worse than autocast with bfloat16 ones."""
 
 from itertools import pairwise
 
@@ -8,7 +8,7 @@ import torch
 from dtr_deploy.hybrid.model import make_hybrid
 from dtr_deploy.search.forward import LayerPool, PrefixForward
 from dtr_deploy.search.layer_runs import ModuleRuns
-from dtr_deploy.search.narrow_runs import NarrowRuns
+from dtr_deploy.search.packed_runs import PackedRuns
 from dtr_deploy.tasks.scoring import hidden_states, plan_batches
 from dtr_kernels.compiled.causal import causal_attention_packed
 from tests.search.test_forward import FORMS, LAYERS, WINDOW, make_twins, requests
@@ -41,7 +41,7 @@ def test_rounds_no_worse_than_autocast(family, shared):
     twins = make_twins(backbone)
     pool = LayerPool(backbone, twins, WINDOW)
     narrow = pool.runs(torch.bfloat16)
-    assert isinstance(narrow, NarrowRuns) and pool.runs(torch.bfloat16) is narrow
+    assert isinstance(narrow, PackedRuns) and pool.runs(torch.bfloat16) is narrow
     batches = plan_batches(requests(shared), pad_token_id=0, batch_tokens=150)
     assert batches[0].shared == shared
     ours, autocast = (
@@ -54,6 +54,24 @@ def test_rounds_no_worse_than_autocast(family, shared):
         mine, theirs = error(ours.hidden(layout), exact, batches), error(autocast.hidden(layout), exact, batches)
         assert 0 < mine < NO_WORSE * theirs + 1e-3, (layout, mine, theirs)
         assert mine < 0.1
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("shared", [0, 50])
+def test_float32_products_are_the_models_own(family, shared):
+    backbone = tiny_backbone(family, layers=LAYERS)
+    twins = make_twins(backbone)
+    pool = LayerPool(backbone, twins, WINDOW)
+    runs = pool.runs(torch.float32)
+    assert isinstance(runs, PackedRuns)
+    batches = plan_batches(requests(shared), pad_token_id=0, batch_tokens=150)
+    for layout in LAYOUTS:
+        model = make_hybrid(backbone, layout, WINDOW, twins) if any(layout) else backbone
+        exact = list(hidden_states(model, batches))
+        # Float32 rounding, amplified by four random layers; bfloat16 products are a hundred times further off.
+        assert error(PrefixForward(pool, batches, 1).hidden(layout), exact, batches) < 3e-4, layout
+    held = runs._mlps[0].down.parts[0][0]
+    assert held.data_ptr() == backbone.model.layers[0].mlp.down_proj.weight.data_ptr()  # no copy
 
 
 def test_layouts_side_by_side_and_kept_borders_change_rounding_only():
@@ -77,14 +95,14 @@ def test_weights_are_converted_once_and_mlps_shared_by_forms():
     for _ in range(2):
         list(PrefixForward(pool, batches, 0, torch.bfloat16).hidden_many(LAYOUTS[:3]))
     assert len(narrow._mlps) == LAYERS and len(narrow._projections) == LAYERS + 2 * (LAYERS - 1)
-    assert narrow._mlps[0].down[0].dtype == torch.bfloat16
+    assert narrow._mlps[0].down.parts[0][0].dtype == torch.bfloat16
 
 
 def test_other_products_and_weights_take_the_modules():
     backbone = tiny_backbone(layers=LAYERS)
-    assert not NarrowRuns.fits(backbone, torch.float32)
-    assert NarrowRuns.fits(backbone, torch.bfloat16)
-    assert not NarrowRuns.fits(backbone.bfloat16(), torch.bfloat16)
+    assert PackedRuns.fits(backbone, torch.float32) and PackedRuns.fits(backbone, torch.bfloat16)
+    assert not PackedRuns.fits(backbone, torch.float16)
+    assert not PackedRuns.fits(backbone.bfloat16(), torch.bfloat16)
 
 
 @pytest.mark.parametrize("cached", [0, 37])

@@ -1,8 +1,8 @@
-"""Decoder layers for scoring on a CPU: bfloat16 products, compiled operators, and no padding.
+"""Decoder layers for scoring on a CPU: fused parts, compiled operators, and no padding.
 
 Tokens of all rows of a batch, and of several layouts over it, lie one after another as `[tokens, H]`; attention, window
 and linear operator are told where rows begin. So a batch costs the tokens it has, and a short batch of one layout can
-share its calls with that of another. How the parts are rounded: `dtr_deploy.hybrid.narrow`.
+share its calls with that of another. How the parts are rounded: `dtr_deploy.hybrid.fused`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dtr_deploy.hybrid import narrow
+from dtr_deploy.hybrid import fused
+from dtr_deploy.hybrid.fused import Mlp, Projections, rms_norm
 from dtr_deploy.hybrid.layout import Layout
 from dtr_deploy.hybrid.mixer import HybridMixer
-from dtr_deploy.hybrid.narrow import NARROW, Mlp, Projections, rms_norm
 from dtr_deploy.tasks.scoring import ScoringBatch
 from dtr_kernels.compiled.causal import causal_attention_packed
 from dtr_kernels.conv import dynamic_conv_packed
@@ -49,22 +49,23 @@ class _LinearPast(NamedTuple):
     conv: Tensor | None
 
 
-class NarrowRuns:
+class PackedRuns:
     """`LayerRuns` with hidden states [tokens of all copies, H], float32.
 
-    Weights are converted when a layer is first run, and kept: twice the bytes of a parameter for the backbone's decoder
-    layers, shared by all layouts (213 MB for SmolLM2-135M), and for each twin that is run its projections (1.8 MB).
+    For products in bfloat16, weights are converted when a layer is first run, and kept: two bytes a parameter for the
+    backbone's decoder layers, shared by all layouts (213 MB for SmolLM2-135M), and for each twin that is run its
+    projections (1.8 MB).
     """
 
-    def __init__(self, backbone: Any, layers: list[dict[str | None, nn.Module]]) -> None:
-        self.backbone, self.layers = backbone, layers
+    def __init__(self, backbone: Any, layers: list[dict[str | None, nn.Module]], products: torch.dtype) -> None:
+        self.backbone, self.layers, self.products = backbone, layers, products
         self._mlps: dict[int, Mlp] = {}
         self._projections: dict[tuple[int, str | None], Projections] = {}
 
     @staticmethod
     def fits(backbone: Any, products: torch.dtype) -> bool:
         """Whether these runs compute what the modules would, in this dtype of products, for this backbone."""
-        return products == NARROW and narrow.fits(backbone)
+        return fused.fits(backbone, products)
 
     def embed(self, batch: ScoringBatch, of_shared: bool = False) -> Tensor:
         """See `LayerRuns`."""
@@ -101,20 +102,20 @@ class NarrowRuns:
         layer: Any = self.layers[index][form]
         attention = layer.self_attn
         if (index, form) not in self._projections:
-            self._projections[index, form] = Projections(attention, self._head_dim)
+            self._projections[index, form] = Projections(attention, self._head_dim, self.products)
         if index not in self._mlps:
-            self._mlps[index] = Mlp(layer.mlp)
+            self._mlps[index] = Mlp(layer.mlp, self.products)
         projections, mlp = self._projections[index, form], self._mlps[index]
         # Decays and gates of a form are made from what its teacher saw, unrounded.
-        normed = rms_norm(hidden, layer.input_layernorm, NARROW if form is None else torch.float32)
+        normed = rms_norm(hidden, layer.input_layernorm, self.products if form is None else torch.float32)
         q, k, v = projections.project(normed[None], context.where)
         kept: _FullPast | _LinearPast
         if form is None:
-            attended, kept = _full(attention, q[0], k[0], v[0], context, past)
+            attended, kept = _full(attention, q[0], k[0], v[0], context, past, self.products)
         else:
-            attended, kept = _linear(attention, q, k, v, normed[None], context, past)
+            attended, kept = _linear(attention, q, k, v, normed[None], context, past, self.products)
         hidden = hidden + projections.output(attended.flatten(-2))
-        normed = rms_norm(hidden, layer.post_attention_layernorm, NARROW)
+        normed = rms_norm(hidden, layer.post_attention_layernorm, self.products)
         for part, change in zip(hidden.split(MLP_TOKENS), normed.split(MLP_TOKENS), strict=True):
             part += mlp(change)
         return hidden, kept
@@ -133,10 +134,16 @@ def _columns(batch: ScoringBatch, of_shared: bool) -> tuple[Tensor, Tensor]:
 
 
 def _full(
-    attention: Any, q: Tensor, k: Tensor, v: Tensor, context: _Context, past: _FullPast | None
+    attention: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context: _Context,
+    past: _FullPast | None,
+    products: torch.dtype,
 ) -> tuple[Tensor, _FullPast]:
-    """Causal softmax attention, [N,Hq,D] bfloat16."""
-    q, k = q.to(NARROW), k.to(NARROW)
+    """Causal softmax attention, [N,Hq,D] in the products' dtype."""
+    q, k = q.to(products), k.to(products)
     attended = causal_attention_packed(
         q, k, v, cu_seqlens=context.borders, scale=attention.scaling,
         past_k=None if past is None else past.k, past_v=None if past is None else past.v,
@@ -145,9 +152,16 @@ def _full(
 
 
 def _linear(
-    mixer: HybridMixer, q: Tensor, k: Tensor, v: Tensor, normed: Tensor, context: _Context, past: _LinearPast | None
+    mixer: HybridMixer,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    normed: Tensor,
+    context: _Context,
+    past: _LinearPast | None,
+    products: torch.dtype,
 ) -> tuple[Tensor, _LinearPast]:
-    """What `HybridMixer` computes, for packed rows: [N,Hq,D] bfloat16."""
+    """What `HybridMixer` computes, for packed rows: [N,Hq,D] in the products' dtype."""
     form, borders = mixer.form, context.borders
     rows = len(borders) - 1
     slots = torch.arange(1, rows + 1)
@@ -176,7 +190,7 @@ def _linear(
     kept = _LinearPast(
         state[-1:], None if ring is None else (ring[0][last], ring[1][last]), None if conv is None else conv[last]
     )
-    return attended.to(NARROW), kept
+    return attended.to(products), kept
 
 
 def _pool(old: Tensor | None, empty: Tensor, rows: int) -> Tensor:

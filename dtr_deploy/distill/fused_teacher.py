@@ -1,6 +1,6 @@
-"""The teacher's forward pass with bfloat16 products, for CPUs: half the time of the same pass under autocast.
+"""The teacher's forward pass for CPUs: with bfloat16 products half the time of the same pass under autocast.
 
-What layers are made of, and where they round: `dtr_deploy.hybrid.narrow`.
+What layers are made of, and where they round: `dtr_deploy.hybrid.fused`.
 """
 
 from typing import Any
@@ -10,29 +10,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dtr_deploy.distill.teacher import Activations
-from dtr_deploy.hybrid import narrow
-from dtr_deploy.hybrid.narrow import NARROW, Mlp, Projections, rms_norm
+from dtr_deploy.hybrid import fused
+from dtr_deploy.hybrid.fused import Mlp, Projections, rms_norm
 from dtr_kernels.window import window_attention
 
 # Above, the window's scratch memory leaves the second-level cache.
 LONGEST_WINDOW = 2048
 
 
-class NarrowTeacher:
-    """Layers 0 .. last of a Llama, Qwen2 or Qwen3 backbone. Holds bfloat16 copies of their products' weights."""
+class FusedTeacher:
+    """Layers 0 .. last of a Llama, Qwen2 or Qwen3 backbone. Holds copies of their weights in bfloat16, if that is the
+    products' dtype."""
 
-    def __init__(self, model: Any, layers: list[int]) -> None:
-        self.model, self.layers = model, layers
-        self.blocks = [_Block(layer) for layer in model.model.layers[: max(layers) + 1]]
+    def __init__(self, model: Any, layers: list[int], products: torch.dtype) -> None:
+        self.model, self.layers, self.products = model, layers, products
+        self.blocks = [_Block(layer, products) for layer in model.model.layers[: max(layers) + 1]]
 
     @staticmethod
-    def fits(model: Any) -> bool:
+    def fits(model: Any, products: torch.dtype) -> bool:
         """Whether this pass computes what the model computes."""
-        return narrow.fits(model)
+        return fused.fits(model, products)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Activations:
-        """tokens [B,T]; as `teacher.attention_activations`, outputs in bfloat16."""
+        """tokens [B,T]; as `teacher.attention_activations`, outputs in the products' dtype."""
         body = self.model.model
         hidden = body.embed_tokens(tokens)
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
@@ -45,20 +46,21 @@ class NarrowTeacher:
                 inputs[index], outputs[index] = normed, attended
             if index + 1 < len(self.blocks):
                 hidden = hidden + attended
-                hidden = hidden + block.mlp(rms_norm(hidden, block.layer.post_attention_layernorm, NARROW))
+                hidden = hidden + block.mlp(rms_norm(hidden, block.layer.post_attention_layernorm, self.products))
         return Activations(inputs, outputs, where)
 
 
 class _Block:
     """One decoder layer: causal attention with optional biases and QK-norm, and a gated MLP."""
 
-    def __init__(self, layer: Any) -> None:
-        self.layer = layer
-        self.projections, self.mlp = Projections(layer.self_attn, layer.self_attn.head_dim), Mlp(layer.mlp)
+    def __init__(self, layer: Any, products: torch.dtype) -> None:
+        self.layer, self.products = layer, products
+        self.projections = Projections(layer.self_attn, layer.self_attn.head_dim, products)
+        self.mlp = Mlp(layer.mlp, products)
 
     def attention(self, normed: Tensor, where: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = self.projections.project(normed, where)
-        q, k = q.to(NARROW), k.to(NARROW)
+        q, k = q.to(self.products), k.to(self.products)
         length, scale = q.shape[1], self.layer.self_attn.scaling
         if length <= LONGEST_WINDOW:
             # Full attention is a window as long as the sequence; torch's kernel takes three times as long.
