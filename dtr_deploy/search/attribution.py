@@ -263,6 +263,24 @@ class _Recorder:
         return (output[0] + self.added, *output[1:])
 
 
+def pieces(batches: Sequence[ScoringBatch], tokens: int = 1024) -> list[ScoringBatch]:
+    """The same rows and reads in batches of about so many tokens, shared columns written out: rows come longest first,
+    so that little of each is padding."""
+    found = []
+    for batch in batches:
+        lengths = batch.attention_mask.sum(1)
+        first = 0
+        while first < len(lengths):
+            last = first + max(1, tokens // int(lengths[first:].max()))
+            width = int(lengths[first:last].max())
+            mine = (batch.rows >= first) & (batch.rows < last)
+            reads = (batch.rows[mine] - first, batch.positions[mine], batch.targets[mine], batch.requests[mine])
+            rows = slice(first, last)
+            found.append(ScoringBatch(batch.input_ids[rows, :width], batch.attention_mask[rows, :width], 0, *reads))
+            first = last
+    return found
+
+
 def _slots(batch: ScoringBatch) -> Tensor:
     """int64 [P]: the number of each read's request among those of its row."""
     slots = torch.zeros(len(batch.rows), dtype=torch.int64)

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from dtr_deploy.hybrid.layout import Layout
-from dtr_deploy.search.attribution import Answers, Attribution, Swap
+from dtr_deploy.search.attribution import Answers, Attribution, Swap, pieces
 from dtr_deploy.search.forward import LayerPool
 from dtr_deploy.search.task_runs import Head, RawResult
 from dtr_deploy.tasks.divergence import Divergence
 from dtr_deploy.tasks.request_task import Part
+from dtr_deploy.tasks.scoring import ScoringBatch
 
 SAMPLES = 3
 """Draws of every token for the divergence: with four sequences its standard error is about 40% of it, and harms of
@@ -33,7 +34,9 @@ class AttributionRuns:
         recall: Sequence[tuple[str, Part]],
         priced: Sequence[Part],
     ) -> None:
-        self.divergence, self.recall, self.priced = divergence, recall, priced
+        self.divergence = divergence
+        self.recall = [(name, pieces(part.batches), len(part.requests)) for name, part in recall]
+        self.priced = [(pieces(part.batches), len(part.requests)) for part in priced]
         self.pool, self.products, self.head = pool, products, head
 
     def run(
@@ -46,14 +49,14 @@ class AttributionRuns:
         (batches done, batches).
         """
         tasks = list(self.priced) if priced else []
-        parts = [*(part for _, part in self.recall), *tasks]
-        batches, done = len(self.divergence.batches()) + sum(len(part.batches) for part in parts), 0
+        split = [*(batches for _, batches, _ in self.recall), *(batches for batches, _ in tasks)]
+        total, done = len(self.divergence.batches()) + sum(map(len, split)), 0
 
         def on_batch() -> None:
             nonlocal done
             done += 1
             if progress is not None:
-                progress(done, batches)
+                progress(done, total)
 
         attribution = Attribution(self.pool, self.products, self.head, on_batch)
         swaps = sorted({change for layout in layouts if (change := changed(start, layout)) is not None}, key=_order)
@@ -66,16 +69,17 @@ class AttributionRuns:
             RawResult({}, 0.0, {"kl": found.before if row < 0 else float(found.after[row]), "recall": {}})
             for row in rows
         ]
-        for name, part in self.recall:
-            answers = attribution.answers(start, swaps, part.batches, len(part.requests))
+        for name, batches, count in self.recall:
+            answers = attribution.answers(start, swaps, batches, count)
             work += answers.layer_forwards
             for row, result in zip(rows, results, strict=True):
                 result.scalars["recall"][name] = _of(answers, row).tolist()
-        for number, part in enumerate(tasks):
-            answers = attribution.answers(start, swaps, part.batches, len(part.requests))
+        for number, (batches, count) in enumerate(tasks):
+            answers = attribution.answers(start, swaps, batches, count)
             work += answers.layer_forwards
             for row, result in zip(rows, results, strict=True):
-                result.arrays |= {f"{number}.{name}": array for name, array in _arrays(answers, row, part).items()}
+                arrays = _arrays(answers, row, batches, count)
+                result.arrays |= {f"{number}.{name}": array for name, array in arrays.items()}
         for result in results:
             result.layer_forwards = work / len(results)
         return results
@@ -106,10 +110,10 @@ def _of(answers: Answers, row: int) -> np.ndarray:
     return (answers.before if row < 0 else answers.after[row]).numpy()
 
 
-def _arrays(answers: Answers, row: int, part: Part) -> dict[str, np.ndarray]:
+def _arrays(answers: Answers, row: int, batches: Sequence[ScoringBatch], count: int) -> dict[str, np.ndarray]:
     """As `task_runs.request_arrays`. Whether decoding would write an answer is not estimated: never."""
-    lengths = np.zeros(len(part.requests), dtype=np.int64)
-    for batch in part.batches:
+    lengths = np.zeros(count, dtype=np.int64)
+    for batch in batches:
         np.add.at(lengths, batch.requests.numpy(), 1)
     return {"log_probs": _of(answers, row), "greedy": np.zeros(len(lengths), dtype=bool), "lengths": lengths}
 

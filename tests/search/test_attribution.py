@@ -9,7 +9,7 @@ import torch
 
 from dtr_deploy.hybrid.layout import full, swap
 from dtr_deploy.hybrid.model import make_hybrid, make_twin
-from dtr_deploy.search.attribution import Attribution
+from dtr_deploy.search.attribution import Attribution, pieces
 from dtr_deploy.search.attribution_runs import changed
 from dtr_deploy.search.forward import LayerPool
 from dtr_deploy.search.ledger import Ledger
@@ -139,6 +139,16 @@ def test_long_shared_beginnings_are_not_for_attribution() -> None:
     assert not Attribution.fits(plan_batches(shared, 0))
     assert Attribution.fits(plan_batches(REQUESTS, 0))
     assert not Attribution.fits(plan_batches([Request(CONTEXTS[0], (n,)) for n in range(10, 20)], 0))
+
+
+def test_pieces_say_the_same_with_less_padding(world) -> None:
+    batches = plan_batches(REQUESTS, 0)
+    split = pieces(batches, tokens=20)
+    assert len(split) == 2 and [batch.input_ids.shape for batch in split] == [(1, 21), (1, 16)]
+    attribution = Attribution(world.pool, torch.float32, world.backbone.lm_head)
+    whole, apart = (attribution.answers(full(LAYERS), SWAPS[:1], some, len(REQUESTS)) for some in (batches, split))
+    torch.testing.assert_close(whole.before, apart.before, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(whole.after, apart.after, rtol=1e-4, atol=1e-4)
 
 
 def test_changed_finds_the_one_layer() -> None:
