@@ -1,10 +1,10 @@
 """Parts of Llama, Qwen2 and Qwen3 decoder layers without a gradient, for CPUs, with products in bfloat16 or float32.
 
 Autocast converts every weight and every product's input again and again, and leaves norms and rotary embedding as
-chains of passes through memory. Here weights are converted once, q, k, v and gate, up are one product each, and norms
-and rotary embedding are one pass. Rounding is where autocast has it: products in bfloat16, residual stream, norms and
-rotary embedding in float32. Products in float32 use the model's own weights, which then are not copied. What attends is
-the caller's: the teacher's pass in `distill`, the search's in `search`.
+chains of passes through memory. Here norms and rotary embedding are one pass, and for products in bfloat16 weights are
+converted once, q, k, v and gate, up as one product each. Rounding is where autocast has it: products in bfloat16,
+residual stream, norms and rotary embedding in float32. Products in float32 use the model's own weights, uncopied and
+apart. What attends is the caller's: the teacher's pass in `distill`, the search's in `search`.
 """
 
 from typing import Any

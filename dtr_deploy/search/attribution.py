@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from dtr_deploy.hybrid.layout import Layout
 from dtr_deploy.hybrid.precision import products_in
+from dtr_deploy.search.forward import LayerPool
 from dtr_deploy.search.layer_runs import ModuleRuns
 from dtr_deploy.tasks.scoring import ScoringBatch
 
@@ -74,7 +75,7 @@ class Attribution:
     """
 
     def __init__(
-        self, pool: Any, products: torch.dtype, head: Head, on_batch: Callable[[], None] = lambda: None
+        self, pool: LayerPool, products: torch.dtype, head: Head, on_batch: Callable[[], None] = lambda: None
     ) -> None:
         self.pool, self.products, self.head, self.on_batch = pool, products, head, on_batch
         self.runs = ModuleRuns(pool.backbone, pool.layers, pool.window, products)
@@ -212,7 +213,7 @@ class Attribution:
         lowest, work = min(by_layer, default=len(layout)), len(layout)
         for layer in range(len(layout) - 1, lowest - 1, -1):
             hidden = borders.pop().requires_grad_()
-            recorder = _Recorder(self.pool.layers[layer][layout[layer]].self_attn)
+            recorder = _Recorder(self._module(layer, layout[layer]))
             with recorder, torch.enable_grad():
                 out = self.runs.run(layer, layout[layer], hidden, context, None)
             at_output = [
@@ -228,14 +229,16 @@ class Attribution:
         self.on_batch()
         return changes, work * batch.input_ids.shape[0]
 
+    def _module(self, layer: int, form: str | None) -> torch.nn.Module:
+        return cast(torch.nn.Module, self.pool.layers[layer][form].self_attn)
+
     @torch.no_grad()
     def _attention(self, layer: int, form: str | None, seen: _Recorder, context: Any) -> Tensor:
         """What another attention would answer to what the layer's own was given."""
         mask = context.causal_mask if form is None else context.recurrent_mask
         with products_in(self.products, seen.answer.device.type):
-            return self.pool.layers[layer][form].self_attn(*seen.arguments, **{**seen.options, "attention_mask": mask})[
-                0
-            ]
+            answer = self._module(layer, form)(*seen.arguments, **{**seen.options, "attention_mask": mask})[0]
+        return cast(Tensor, answer)
 
 
 class _Recorder:

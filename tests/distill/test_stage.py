@@ -72,6 +72,7 @@ def test_the_fused_teacher_with_float32_products_is_the_teacher(family):
     ours = FusedTeacher(backbone, [1, 3], torch.float32)(ids)
     for mine, theirs in ((ours.inputs, exact.inputs), (ours.outputs, exact.outputs)):
         for layer in (1, 3):
+            # Float32 rounding over four layers whose sums run in another order.
             torch.testing.assert_close(mine[layer], theirs[layer], atol=2e-5, rtol=1e-4)
 
 

@@ -129,6 +129,7 @@ def test_divergence_changes_as_the_numerical_derivatives_say(world) -> None:
     assert found.before == pytest.approx(divergence_at(world, divergence, HYBRID, 0, None, 0.0), rel=1e-4)
     for number, (layer, form) in enumerate(swaps):
         up, down = (divergence_at(world, divergence, HYBRID, layer, form, sign * 1e-3) for sign in (1, -1))
+        # A quotient of differences of float32 norms, see STEP.
         assert found.first[number].item() == pytest.approx((up - down) / 2e-3, rel=1e-2, abs=1e-5)
     assert found.layer_forwards == 6 * (LAYERS + LAYERS * (1 + 2 * 2))
 

@@ -154,8 +154,8 @@ INT8 = pytest.param(
     "int8",
     marks=pytest.mark.xfail(
         not torch.cpu._is_avx512_supported(),
-        reason="vLLM's int8 products for CPUs give wrong numbers without AVX-512 (docs/serving-vllm.md)",
-        strict=False,
+        reason="vLLM's int8 products gave wrong numbers on a CPU without AVX-512 (docs/serving-vllm.md)",
+        strict=False,  # seen on one such processor: another may have what they need
     ),
 )
 
