@@ -25,6 +25,11 @@ EngineFactory = Callable[[Layout], AbstractContextManager[Engine]]
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, message)."""
 
+AGREEMENT, PATIENCE = 0.03, 3
+"""A round counts if its speedup is within this share of the median of all rounds; rounds are made until as many count
+as were asked for, but no more than so many times as many. One round that something else disturbed then costs a few
+more, where it would bend a median of two or three."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -71,7 +76,8 @@ def compare_with_base(
     max_open: int = 2,
     progress: Progress | None = None,
 ) -> Iterator[Comparison]:
-    """Time every layout and the backbone `repeats` times each, alternating; yields each layout when it is finished.
+    """Time every layout and the backbone in alternation, until `repeats` rounds agree (`AGREEMENT`); yields each layout
+    when it is finished.
 
     At most `max_open` engines are open at once. With 2 or more the backbone stays open and `max_open - 1` layouts share
     its rounds; every second round runs backwards, which cancels a steady drift. With 1 (an engine that cannot be
@@ -89,7 +95,7 @@ def compare_with_base(
             with factory(base_layout) as base:
                 base_runs = [base.throughput(workload, repeats)]
             with factory(layout) as hybrid:
-                yield _compare(layout, base_runs, [hybrid.throughput(workload, repeats)], repeats)
+                yield _compare(layout, base_runs, [hybrid.throughput(workload, repeats)])
         return
     with factory(base_layout) as base:
         for start in range(0, total, max_open - 1):
@@ -98,12 +104,15 @@ def compare_with_base(
                 _report(progress, start, total, group[0])
                 engines = [base, *(stack.enter_context(factory(layout)) for layout in group)]
                 runs: list[list[Throughput]] = [[] for _ in engines]
-                for round_number in range(repeats):
+                for round_number in range(PATIENCE * repeats):
                     order = range(len(engines)) if round_number % 2 == 0 else reversed(range(len(engines)))
                     for index in order:
                         runs[index].append(engines[index].throughput(workload, 1))
+                    more = round_number + 1 - repeats  # by two, one each way
+                    if more >= 0 and more % 2 == 0 and all(_agreeing(runs[0], own) >= repeats for own in runs[1:]):
+                        break
             for layout, hybrid_runs in zip(group, runs[1:], strict=True):
-                yield _compare(layout, runs[0], hybrid_runs, repeats)
+                yield _compare(layout, runs[0], hybrid_runs)
 
 
 def stand_in_of(layout: Layout) -> Layout:
@@ -140,7 +149,8 @@ class ThroughputMeter:
         missing = [s for s in dict.fromkeys(stand_ins) if self._stored(s) is None]
         measured = compare_with_base(self.factory, missing, self.workload, self.repeats, self.max_open, self.progress)
         for comparison in measured:
-            seconds = self.repeats * (comparison.base.end_to_end_seconds + comparison.hybrid.end_to_end_seconds)
+            a_round = comparison.base.end_to_end_seconds + comparison.hybrid.end_to_end_seconds
+            seconds = comparison.base.repeats * a_round
             self.ledger.record(self._key(comparison.layout), TrialResult(comparison.to_dict()), seconds)
         comparisons = []
         for stand_in in stand_ins:
@@ -156,27 +166,33 @@ class ThroughputMeter:
         return TrialKey(self.kind, layout, str(self.workload), self.inputs)
 
 
-def _compare(
-    layout: Layout, base_runs: Sequence[Throughput], hybrid_runs: Sequence[Throughput], repeats: int
-) -> Comparison:
+def _agreeing(base_runs: Sequence[Throughput], hybrid_runs: Sequence[Throughput]) -> int:
+    """How many rounds lie within `AGREEMENT` of the median round."""
+    pairs = zip(base_runs, hybrid_runs, strict=True)
+    ratios = [base.end_to_end_seconds / hybrid.end_to_end_seconds for base, hybrid in pairs]
+    median = statistics.median(ratios)
+    return sum(abs(ratio / median - 1) <= AGREEMENT for ratio in ratios)
+
+
+def _compare(layout: Layout, base_runs: Sequence[Throughput], hybrid_runs: Sequence[Throughput]) -> Comparison:
     pairs = list(zip(base_runs, hybrid_runs, strict=True))
     has_decode = all(base.decode_seconds > 0 for base, _ in pairs)  # a workload of one output token has none
     return Comparison(
         layout,
-        _medians(base_runs, repeats),
-        _medians(hybrid_runs, repeats),
+        _medians(base_runs),
+        _medians(hybrid_runs),
         statistics.median(hybrid.prefill_seconds / base.prefill_seconds for base, hybrid in pairs),
         statistics.median(hybrid.decode_seconds / base.decode_seconds for base, hybrid in pairs) if has_decode else 1.0,
         statistics.median(base.end_to_end_seconds / hybrid.end_to_end_seconds for base, hybrid in pairs),
     )
 
 
-def _medians(runs: Sequence[Throughput], repeats: int) -> Throughput:
+def _medians(runs: Sequence[Throughput]) -> Throughput:
     return Throughput(
         runs[0].engine,
         runs[0].precision,
         runs[0].workload,
-        repeats,
+        sum(run.repeats for run in runs),
         statistics.median(run.prefill_seconds for run in runs),
         statistics.median(run.decode_seconds for run in runs),
         statistics.median(run.end_to_end_seconds for run in runs),

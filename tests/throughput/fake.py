@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 from dtr_deploy.engines.base import Throughput, Workload
@@ -10,10 +10,16 @@ from dtr_deploy.hybrid.layout import Layout
 
 
 class FakeServer:
-    """`seconds(layout) -> (prefill, decode)` of one run; `drift` is how much slower the machine gets with every run."""
+    """`seconds(layout) -> (prefill, decode)` of one run; `drift` is how much slower the machine gets with every run;
+    `disturbed`: numbers of the runs that take twice as long."""
 
-    def __init__(self, seconds: Callable[[Layout], tuple[float, float]], drift: float = 0.0) -> None:
-        self.seconds, self.drift = seconds, drift
+    def __init__(
+        self,
+        seconds: Callable[[Layout], tuple[float, float]],
+        drift: float = 0.0,
+        disturbed: Collection[int] = (),
+    ) -> None:
+        self.seconds, self.drift, self.disturbed = seconds, drift, disturbed
         self.runs: list[Layout] = []
         self.opened: list[Layout] = []
         self.open_now = self.most_open = 0
@@ -37,6 +43,7 @@ class FakeEngine:
 
     def throughput(self, workload: Workload, repeats: int) -> Throughput:
         slow = 1.0 + self.server.drift * len(self.server.runs)
+        slow *= 2.0 if len(self.server.runs) in self.server.disturbed else 1.0
         self.server.runs.append(self.layout)
         prefill, decode = (slow * part for part in self.server.seconds(self.layout))
         return Throughput(self.name, self.precision, workload, repeats, prefill, decode, prefill + decode)

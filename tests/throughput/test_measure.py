@@ -56,6 +56,20 @@ def test_a_drifting_machine_does_not_bend_the_ratio():
     assert server.runs[:4] == [full(LAYERS), gla(8), gla(8), full(LAYERS)]
 
 
+@pytest.mark.parametrize("disturbed", [{0}, {1}, {3}, {1, 4}, {0, 5}])
+def test_a_disturbed_round_is_made_again(disturbed):
+    server = FakeServer(additive, disturbed=disturbed)
+    (comparison,) = compare_with_base(server, [gla(8)], WORKLOAD, repeats=2)
+    assert comparison.speedup == pytest.approx(6.0 / sum(additive(gla(8))))
+    assert 2 < comparison.base.repeats <= 6
+
+
+def test_rounds_that_never_agree_end():
+    server = FakeServer(additive, drift=1.0)
+    (comparison,) = compare_with_base(server, [gla(8)], WORKLOAD, repeats=2)
+    assert comparison.base.repeats == 6
+
+
 def test_a_workload_of_one_output_token_has_no_decode():
     (comparison,) = compare_with_base(FakeServer(lambda layout: (additive(layout)[0], 0.0)), [gla(4)], WORKLOAD, 2)
     assert comparison.decode_ratio == 1.0
