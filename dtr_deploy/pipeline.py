@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dtr_deploy.report.schema import Report
     from dtr_deploy.tasks.corpus import Corpus
 
-STAGES = ("distill", "heal", "search", "hybrid", "export", "parity", "throughput", "report")
+STAGES = ("distill", "heal", "search", "hybrid", "lm-eval", "export", "parity", "throughput", "report")
 
 SEARCH_FILE = "search.json"
 
@@ -34,7 +34,7 @@ def build(recipe: Recipe, run: RunDir, progress: Progress | None = None, until: 
     Raises:
         UsageError: wrong input, a missing engine, a damaged artefact, a run that another process works on.
         TargetNotMet: no layout reaches the target (`frontier` holds what is within reach).
-        ParityFailed: an exported model does not compute what was trained.
+        ParityFailed: an exported model does not compute what was trained, or lm-eval finds another score.
     """
     job = Build(recipe, run, progress or QuietProgress())
     steps = {
@@ -42,6 +42,7 @@ def build(recipe: Recipe, run: RunDir, progress: Progress | None = None, until: 
         "heal": job.heal,  # the same twins, trained together end to end
         "search": job.search,  # which layers to replace, by score and measured throughput
         "hybrid": job.assemble,  # the checkpoint, which vLLM serves as it is
+        "lm-eval": job.evaluate,  # its score on lm-eval's tasks by lm-eval itself, equal to ours or the build fails
         "export": job.export,  # the backbone beside it, and both for ONNX Runtime
         "parity": job.prove,  # every program computes what was trained, or the build fails
         "throughput": job.measure,  # base and hybrid, on the engines that serve them
@@ -262,6 +263,29 @@ class Build:
             return export_checkpoint(self.backbone, self.layout, self.recipe.window, self.twins, folder), {}
 
         return self._stage("hybrid", key, work, folder="hybrid")
+
+    def evaluate(self) -> StageRecord | None:
+        """lm-eval's own score of the checkpoint on each of its tasks. None if the recipe has none of them."""
+        tasks = [task.name for task in self.recipe.tasks if task.lm_eval is not None]
+        if not tasks:
+            return None
+        key = stage_key("lm-eval", __version__, self.run.stages["search"].key, self.run.stages["hybrid"].key, tasks)
+
+        def work(_: Path) -> tuple[list[Path], dict[str, Any]]:
+            from dtr_deploy.hybrid.model import load_hybrid
+            from dtr_deploy.hybrid.precision import products_dtype, products_in
+            from dtr_deploy.serving import hybrid_of
+            from dtr_deploy.tasks.lm_eval_check import check_scores, gate
+
+            hybrid, tokenizer = load_hybrid(hybrid_of(self.run.path).checkpoint)
+            scores = json.loads((self.run.path / SEARCH_FILE).read_text())["scores"]["test"]["tasks"]
+            ours = {name: scores[name]["hybrid"] for name in tasks}
+            with products_in(products_dtype(self.recipe.search.precision, hybrid.device.type), hybrid.device.type):
+                rows = check_scores(hybrid, tokenizer, self.tasks, ours, self.progress)
+            gate(rows)
+            return [], {"rows": [row.to_dict() for row in rows]}
+
+        return self._stage("lm-eval", key, work)
 
     def export(self) -> None:
         """The backbone as a folder in `base/`, and both models for ONNX Runtime in `onnx/` and `base/onnx/`."""

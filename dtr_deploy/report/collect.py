@@ -11,6 +11,7 @@ from dtr_deploy.report.schema import (
     BackboneRow,
     DistillRow,
     LayerRow,
+    LmEvalReportRow,
     ParityReportRow,
     Report,
     ScoreRow,
@@ -43,6 +44,7 @@ def collect_report(recipe: Recipe, run: RunDir, backbone: Backbone) -> Report:
         scores={split: _score_row(scores) for split, scores in found["scores"].items()},
         throughput=_throughput(stages),
         parity=[ParityReportRow(**row) for row in stages["parity"].result["rows"]],
+        lm_eval=_lm_eval(recipe, stages),
         search=SearchSummary(
             **{name: found[name] for name in ("strategy", "trials", "layer_forwards", "seconds", "speedup")},
             **{name: found[name] for name in ("m_best", "m_opt", "frontier", "steps")},
@@ -85,3 +87,10 @@ def _score_row(scores: dict[str, Any]) -> ScoreRow:
 def _throughput(stages: dict[str, StageRecord]) -> list[ThroughputRow]:
     rows = [row for name, stage in stages.items() if name.startswith("throughput ") for row in stage.result["rows"]]
     return [ThroughputRow.model_validate(row) for row in rows]
+
+
+def _lm_eval(recipe: Recipe, stages: dict[str, StageRecord]) -> list[LmEvalReportRow]:
+    """Nothing for a recipe without such tasks, even if an earlier one in the same folder had them."""
+    if all(task.lm_eval is None for task in recipe.tasks):
+        return []
+    return [LmEvalReportRow(**row) for row in stages["lm-eval"].result["rows"]]

@@ -139,6 +139,17 @@ class ParityReportRow(_Row):
     passed: bool
 
 
+class LmEvalReportRow(_Row):
+    """The hybrid on documents of a task's test split: as the search scored them (ours) and as lm-eval does."""
+
+    task: str
+    documents: int
+    ours: float
+    lm_eval: float
+    standard_error: float
+    passed: bool
+
+
 class SearchSummary(_Row):
     """How the layout was found. seconds: of scoring and screening; frontier, m_best, m_opt, steps, cost_model,
     shrinkage: as `search.result.SearchResult` has them."""
@@ -166,6 +177,7 @@ class Report(_Row):
     scores: dict[str, ScoreRow] = Field(default_factory=dict)
     throughput: list[ThroughputRow] = Field(default_factory=list)
     parity: list[ParityReportRow] = Field(default_factory=list)
+    lm_eval: list[LmEvalReportRow] = Field(default_factory=list)
     search: SearchSummary | None = None
     environment: dict[str, Any] = Field(default_factory=dict)
     seconds: dict[str, float] = Field(default_factory=dict)

@@ -34,6 +34,8 @@ def parts(report: Report) -> Iterable[RenderableType]:
         yield throughput_table(report)
     if report.parity:
         yield parity_table(report)
+    if report.lm_eval:
+        yield lm_eval_table(report)
     if report.seconds:
         yield seconds_table(report)
 
@@ -156,6 +158,16 @@ def parity_table(report: Report) -> Table:
             f"{row.greedy_agreement:.2%}",
             Text("passed", style="green") if row.passed else Text("FAILED", style="bold red"),
         )
+    return table
+
+
+def lm_eval_table(report: Report) -> Table:
+    """The hybrid's test scores as the search found them, and as lm-eval itself does."""
+    table = new_table("The hybrid by lm-eval itself (test split)", "task", "documents", "ours", "lm-eval", "gate")
+    for row in report.lm_eval:
+        gate = Text("equal", style="green") if row.passed else Text("DIFFERENT", style="bold red")
+        theirs = f"{row.lm_eval:.4f} (standard error {row.standard_error:.4f})"
+        table.add_row(row.task, f"{row.documents:,}", f"{row.ours:.4f}", theirs, gate)
     return table
 
 

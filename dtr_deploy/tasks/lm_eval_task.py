@@ -8,7 +8,7 @@ shuffle deals its documents out to the three in turn.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,8 @@ class LmEvalTask(RequestTask):
     Margin: multiple choice: log-probability of the right answer among the answers; log-likelihood tasks: of the text, a
         token; generation: the score itself. Nats.
     Strata: subtasks, when `spec` names a group.
+    The test split is in lm-eval's own order, so that few-shot examples, drawn document after document, are those that
+    lm-eval draws for the same documents (`lm_eval_check`).
     shots: overrides the task's own number of examples. items: at most so many documents a split, over all subtasks.
     """
 
@@ -61,8 +63,8 @@ class LmEvalTask(RequestTask):
         if items is not None and items < 1:
             raise UsageError(f"task {name!r}: items must be >= 1, got {items}")
         own_limit = getattr(tokenizer, "model_max_length", None)
-        self._max_length = max_length or (own_limit if own_limit is not None and own_limit < _NO_LIMIT else None)
-        self._seed = seed
+        self.max_length = max_length or (own_limit if own_limit is not None and own_limit < _NO_LIMIT else None)
+        self.spec, self.shots, self.seed = spec, shots, seed
         self._items = items
         self._metric, _, self._filter = (metric or "").partition(",")
         self._tasks = _load(name, spec, shots)
@@ -71,6 +73,11 @@ class LmEvalTask(RequestTask):
         self._owners: dict[str, list[int]] = {}
         self._drafts: Drafts = {}
         self.resumable = all(task.OUTPUT_TYPE != "generate_until" for task in self._tasks.values())
+
+    @property
+    def subtasks(self) -> dict[str, Any]:
+        """lm-eval's own task objects, by name."""
+        return self._tasks
 
     def documents(self, split: Split) -> list[tuple[str, int, Any]]:
         """`(subtask, index in its documents, document)` of each item, in the order of the scores."""
@@ -89,7 +96,7 @@ class LmEvalTask(RequestTask):
 
         from dtr_deploy.tasks.lm_eval_adapter import RequestEncoder
 
-        encoder = RequestEncoder(self.tokenizer, self._max_length)
+        encoder = RequestEncoder(self.tokenizer, self.max_length)
 
         class Pairs(TemplateLM):
             """lm-eval's own rule for where a context ends, without a model."""
@@ -163,7 +170,7 @@ class LmEvalTask(RequestTask):
         from dtr_deploy.tasks.lm_eval_adapter import DtrLM
 
         lm = DtrLM(
-            model, self.tokenizer, max_length=self._max_length, forward_hidden=forward_hidden, drafts=self._drafts
+            model, self.tokenizer, max_length=self.max_length, forward_hidden=forward_hidden, drafts=self._drafts
         )
         flat = [instance for group in self._split_instances(split) for instance in group]
         responses: list[Any] = [None] * len(flat)
@@ -204,8 +211,10 @@ class LmEvalTask(RequestTask):
             docs, hands = task.eval_docs, 3
             place = {"search": 0, "confirm": 1, "test": 2}[split]
         order = list(range(len(docs)))
-        random.Random(f"lm_eval/{subtask}/{self._seed}").shuffle(order)
+        random.Random(f"lm_eval/{subtask}/{self.seed}").shuffle(order)
         mine = (order if place is None else order[place::hands])[:limit]
+        if split == "test":
+            mine.sort()
         if not mine:
             raise UsageError(f"task {self.name!r}: {subtask} has {len(docs)} documents, too few for the split {split}")
         return [(index, docs[index]) for index in mine]
@@ -216,7 +225,7 @@ class LmEvalTask(RequestTask):
             return self._instances[split]
         groups = []
         for task in self._tasks.values():
-            task.set_fewshot_seed(self._seed)
+            task.set_fewshot_seed(self.seed)
         for subtask, index, doc in self.documents(split):
             task = self._tasks[subtask]
             context = task.fewshot_context(
@@ -265,11 +274,18 @@ class LmEvalTask(RequestTask):
         return TaskScore(self.name, split, np.array(values), np.array(margins), strata)
 
     def _metric_value(self, task: Any, doc: Any, group: list[Instance]) -> float:
-        filters = list(group[0].filtered_resps)
+        chosen = self.chosen_filter(list(group[0].filtered_resps))
+        return self.value(task, task.process_results(doc, [instance.filtered_resps[chosen] for instance in group]))
+
+    def chosen_filter(self, filters: Sequence[str]) -> str:
+        """Of a document's filters, in lm-eval's order, the one that is scored. Raises `UsageError` if it has none."""
         chosen = self._filter or filters[0]
         if chosen not in filters:
             raise UsageError(f"task {self.name!r}: metric: no filter {chosen!r}; it has {', '.join(filters)}")
-        results = task.process_results(doc, [instance.filtered_resps[chosen] for instance in group])
+        return chosen
+
+    def value(self, task: Any, results: Mapping[str, Any]) -> float:
+        """The score among a document's `results` as lm-eval's `process_results` gives them. Raises `UsageError`."""
         metric = self._metric
         if metric in ("", "accuracy") and metric not in results:
             metric = "acc" if "acc" in results else next(iter(results))

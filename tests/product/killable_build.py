@@ -57,4 +57,4 @@ class KillingProgress(QuietProgress):
 if __name__ == "__main__":
     layout_search.layout_opener = timed_opener
     recipe_file, run, units = sys.argv[1:]
-    build(load_recipe(recipe_file), RunDir(run), KillingProgress(int(units)), until="hybrid")
+    build(load_recipe(recipe_file), RunDir(run), KillingProgress(int(units)), until="lm-eval")

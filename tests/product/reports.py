@@ -5,6 +5,7 @@ from dtr_deploy.report.schema import (
     BackboneRow,
     DistillRow,
     LayerRow,
+    LmEvalReportRow,
     ParityReportRow,
     Report,
     ScoreRow,
@@ -53,6 +54,9 @@ def small_report() -> Report:
                 limit=3e-4,
                 passed=True,
             )
+        ],
+        lm_eval=[
+            LmEvalReportRow(task="arc_easy", documents=40, ours=0.5, lm_eval=0.525, standard_error=0.08, passed=True)
         ],
         search=SearchSummary(strategy="racing", trials=10, layer_forwards=100, seconds=60.0),
         environment={"hardware": {"processor": "P", "cores": 2, "gpus": []}},

@@ -12,9 +12,11 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from dtr_deploy.errors import UsageError
+from dtr_deploy.errors import ParityFailed, UsageError
+from dtr_deploy.progress import QuietProgress
 from dtr_deploy.tasks.base import SPLITS, Task
 from dtr_deploy.tasks.lm_eval_adapter import DtrLM
+from dtr_deploy.tasks.lm_eval_check import check_scores, gate, lm_eval_values
 from dtr_deploy.tasks.lm_eval_task import LmEvalTask
 from tests.tiny import tiny_backbone, tiny_hybrid, tiny_tokenizer
 
@@ -151,7 +153,9 @@ def test_splits_are_disjoint_and_limited(tmp_path: Path) -> None:
     chosen = [[index for _, index, _ in task.documents(split)] for split in SPLITS]
     assert sorted(index for part in chosen for index in part) == list(range(14))
     limited = LmEvalTask("animals", tiny_tokenizer(), path, items=3)
-    assert [[index for _, index, _ in limited.documents(split)] for split in SPLITS] == [part[:3] for part in chosen]
+    few = [[index for _, index, _ in limited.documents(split)] for split in SPLITS]
+    assert few[:2] == [part[:3] for part in chosen[:2]]
+    assert set(few[2]) < set(chosen[2]) and few[2] == sorted(few[2]), "lm-eval's own order"
     assert len({limited.fingerprint(split) for split in SPLITS}) == 3
 
 
@@ -214,6 +218,24 @@ def test_likelihood_tasks_score_a_document(tmp_path: Path, kind: str, rest: str)
         else:
             log_prob, words = sample["word_perplexity"]
             assert value == pytest.approx(np.exp(log_prob / words), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rest", "shots"),
+    [("multiple_choice", CHOICE, 0), ("multiple_choice", CHOICE, 3), ("loglikelihood_rolling", ROLLING, 0)],
+)
+def test_lm_eval_itself_finds_the_same_score_of_a_hybrid(tmp_path: Path, kind: str, rest: str, shots: int) -> None:
+    path, model = write_task(tmp_path, kind, rest, both=True, shots=shots), tiny_hybrid()
+    task = LmEvalTask("animals", tiny_tokenizer(), path, items=7, seed=3)
+    ours = task.score(model, "test").per_item
+    np.testing.assert_allclose(lm_eval_values(model, tiny_tokenizer(), task, "test"), ours, atol=TOLERANCE)
+    progress = QuietProgress()
+    (row,) = check_scores(model, tiny_tokenizer(), [object(), task], {"animals": float(ours.mean())}, progress)
+    assert row.passed and row.documents == 7 and row.lm_eval == pytest.approx(ours.mean())
+    gate([row])
+    (row,) = check_scores(model, tiny_tokenizer(), [task], {"animals": float(ours.mean()) + 0.9}, progress)
+    with pytest.raises(ParityFailed, match="task 'animals': lm-eval scores the hybrid"):
+        gate([row])
 
 
 def test_bad_names_and_metrics_are_one_line(tmp_path: Path) -> None:
