@@ -159,6 +159,16 @@ def quantize(
         files = quantize_checkpoint(folder, out, precision)
         size = sum(file.stat().st_size for file in files) / 2**20
         typer.echo(f"quantized to {precision}: {out} ({size:,.0f} MiB)")
+        if precision == "int8":
+            from dtr_deploy.doctor import hardware
+
+            machine = hardware()
+            if not machine.gpus and "AVX-512" not in machine.instruction_sets:
+                typer.echo(
+                    "warning: vLLM 0.32 computes int8 wrongly, without an error, on a CPU like this one (no AVX-512); "
+                    "serve it on a GPU or a CPU with AVX-512, or quantize to fp8",
+                    err=True,
+                )
 
 
 @app.command(short_help="What a build will cost, without running it.")

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from dtr_deploy import cli
+from dtr_deploy.doctor import Hardware
 from dtr_deploy.errors import UsageError
 from dtr_deploy.export import compressed
 from dtr_deploy.export.compressed import quantize_checkpoint
@@ -148,6 +149,14 @@ def test_the_command(folder, tmp_path):
     assert first.exit_code == 0 and "quantized to fp8" in first.stdout
     assert (tmp_path / "small" / "config.json").is_file()
     assert again.exit_code == 1 and again.stderr.startswith("dtr-deploy: ") and again.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("sets", "warned"), [(("AVX2",), True), (("AVX2", "AVX-512"), False)])
+def test_int8_warns_where_vllm_computes_it_wrongly(folder, tmp_path, monkeypatch, sets, warned):
+    machine = Hardware("some", 2, sets, 0, 0, ())
+    monkeypatch.setattr("dtr_deploy.doctor.hardware", lambda: machine)
+    found = CliRunner().invoke(cli.app, ["quantize", str(folder), str(tmp_path / "small")])
+    assert found.exit_code == 0 and ("AVX-512" in found.stderr) == warned
 
 
 INT8 = pytest.param(
