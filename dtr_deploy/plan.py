@@ -7,6 +7,7 @@ machine multiplies matrices; they are for deciding whether to start, not for pro
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ TRAINING_PASSES = 3.0
 """Forward and backward of a projection, in forwards."""
 
 ENGINE_START_SECONDS = {"vllm": 20.0, "ort": 5.0}
-RACING_SCREENS_A_LAYER, RACING_SCORINGS_A_LAYER = 2.0, 1.1
+RACING_SCREENS_A_LAYER, RACING_SCORINGS_A_LAYER = 1.0, 1.3
 """Of the default strategy besides ranking all swaps: what is screened again, and whole scorings of groups and races,
-for each layer that may be replaced. Counted on synthetic searches of 12 and 30 layers."""
-RACING_PART = 0.25
-"""Of the items: every single swap is scored on so many of them for the ranking."""
+for each layer that may be replaced. Counted on a search over 30 layers and two forms."""
+RACING_RANKING = 20
+"""Ranking all swaps takes as long as so many screenings, however many there are, where tasks have gradients: all are
+priced in passes back through the model. Tasks that generate have none, and every swap is tried."""
 
 EFFICIENCY = 0.5
 """Share of the matrix multiplication speed that whole models reach."""
@@ -159,7 +161,8 @@ def make_plan(recipe: Recipe, config: Any, multiply_flops: float, items: int | N
     screen_tokens = recipe.search.screen.sequences * recipe.distill.sequence_length
     screen = recipe.search.screen
     screen_tokens += len(screen.recall) * screen.recall_items * screen.recall_length
-    task_tokens = _task_tokens(recipe, items)
+    task_tokens = _task_tokens(recipe.tasks, items)
+    evaluated = [task for task in recipe.tasks if task.lm_eval is not None]
     # A swap of layer i reuses what lies before it: half of the layers on average.
     screens, scores = _evaluations(recipe, twins, layers)
     search_flops = 0.5 * per_token * (screens * screen_tokens + scores * task_tokens)
@@ -186,6 +189,7 @@ def make_plan(recipe: Recipe, config: Any, multiply_flops: float, items: int | N
         "heal": f"{recipe.heal.tokens:,} tokens in random hybrids",
         "throughput curve": f"{layouts} layouts, {runs} runs of {workload:,} tokens on {target.engine}",
         "search": f"about {screens:,} screenings, {scores:,} scorings ({recipe.search.strategy})",
+        "lm-eval": f"the test split of {len(evaluated)} tasks",
         "export": f"2 checkpoints, {len(exports)} ONNX exports",
         "parity": f"{recipe.parity.prompts} prompts, {recipe.parity.tokens:,} tokens, {passes} passes",
         "throughput": f"{len(recipe.bench.prompts) + 1} workloads on {len(tables)} engines",
@@ -196,20 +200,22 @@ def make_plan(recipe: Recipe, config: Any, multiply_flops: float, items: int | N
         heal_flops / flops,
         measure_seconds,
         search_flops / flops,
+        # The whole of each prompt, once for each answer: lm-eval shares nothing between prompts.
+        2.0 * per_token * _task_tokens(evaluated, items) / flops,
         export_seconds,
         parity_seconds,
         bench_seconds,
     ]
     stages = [StagePlan(stage, text, time) for (stage, text), time in zip(work.items(), seconds, strict=True)]
-    if not recipe.heal.tokens:
-        stages = [stage for stage in stages if stage.stage != "heal"]
-    return Plan(stages, disk_bytes(recipe, sizes), twins)
+    left_out = {"heal"} if not recipe.heal.tokens else set()
+    left_out |= {"lm-eval"} if not evaluated else set()
+    return Plan([stage for stage in stages if stage.stage not in left_out], disk_bytes(recipe, sizes), twins)
 
 
-def _task_tokens(recipe: Recipe, items: int | None) -> int:
-    """Prompt tokens of one scoring on the search split: 200 short items where the recipe does not say."""
+def _task_tokens(tasks: Sequence[Any], items: int | None) -> int:
+    """Prompt tokens of one scoring of these tasks on one split: 200 short items where the recipe does not say."""
     tokens = 0
-    for task in recipe.tasks:
+    for task in tasks:
         if task.synthetic is not None or task.lengths is not None:
             tokens += sum(task.lengths or (1024, 2048)) * (task.items or 16)
         else:
@@ -223,8 +229,8 @@ def _evaluations(recipe: Recipe, twins: int, layers: int) -> tuple[int, int]:
         # Every step scores every candidate that is left.
         screens, scores = 0, twins * (layers + 1) // 2
     elif recipe.search.strategy == "racing":
-        screens = twins + round(RACING_SCREENS_A_LAYER * layers)
-        scores = round(RACING_PART * twins + RACING_SCORINGS_A_LAYER * layers)
+        screens = RACING_RANKING + round(RACING_SCREENS_A_LAYER * layers)
+        scores = round(RACING_SCORINGS_A_LAYER * layers)
     else:
         screens, scores = twins, layers
     limit = recipe.search.max_trials

@@ -53,6 +53,10 @@ def test_more_work_costs_more(tmp_path: Path) -> None:
     assert "20 scorings" in exhaustive.stages[2].work  # 8 + 6 + 4 + 2 candidates of two forms
     fewer = make_plan(load_recipe(write_recipe(tmp_path, "layers: all", "layers: [1, 2]")), config, 1e9)
     assert fewer.twins == 4 and fewer.disk_bytes < usual.disk_bytes
+    asked = "{name: recall, synthetic: needle, lengths: [1024, 4096]}"
+    by_lm_eval = make_plan(load_recipe(write_recipe(tmp_path, asked, "{name: a, lm_eval: arc_easy}")), config, 1e9)
+    (stage,) = (stage for stage in by_lm_eval.stages if stage.stage == "lm-eval")
+    assert stage.work == "the test split of 1 tasks" and stage.seconds > 0
 
 
 def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
