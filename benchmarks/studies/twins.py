@@ -1,9 +1,9 @@
 """`python -m benchmarks.studies.twins`: what each part of a twin and of its training buys.
 
 Every variant is trained on the same tokens and judged twice: by the relative error of its layers on held-out text, and
-by what hybrids of many of them score. Layouts are the same for all variants, in the order of the calibrated twins' harm
-one by one, so that no variant is helped by a choice made for it alone. Controls come first: the layers left out, and
-the teacher's own window without anything beside it. What is finished is kept in --out and not computed again.
+by what hybrids of many of them score. Layouts are the same for all variants, those that racing finds with the
+calibrated twins on the search split; scores are of the confirm split. Controls come first: the layers left out, and the
+teacher's own window without anything beside it. What is finished is kept in --out and not computed again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NAME = "benchmarks.studies.twins"
 REVIEWS = Path(__file__).parents[2] / "recipes/data/reviews"
 CORPUS = (str(REVIEWS / "corpus.txt"), "pydoc")
 HELD_OUT = 24
-"""Sequences: errors are reported on the first twelve, layers ranked by the first eight, divergence read on the last."""
+"""Sequences: errors are reported on the first twelve, layers ranked by the first four, divergence read on the last."""
 HEAL_SHARE = 0.5
 """Tokens of healing over tokens of distillation."""
 LAYOUT_RATES = (1e-4, 1e-3)
@@ -61,7 +61,9 @@ def twins(
     form: Annotated[str, typer.Option(help="The form of every variant.")] = "gated_deltanet",
     window: Annotated[int, typer.Option(min=1, help="Tokens of the window.")] = 64,
     tokens: Annotated[list[int] | None, typer.Option(min=1, help="Training tokens, once for each budget.")] = None,
-    replaced: Annotated[list[int] | None, typer.Option(min=1, help="Layers replaced in the hybrids scored.")] = None,
+    replaced: Annotated[
+        list[int] | None, typer.Option(min=1, help="Layers replaced, at least, in the hybrids scored.")
+    ] = None,
     precision: Annotated[str, typer.Option(help="Of large products: auto, float32 or bfloat16.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="Threads; 0: all cores.")] = 0,
     small: Annotated[bool, typer.Option("--small", help="A tiny random model: the whole path in seconds.")] = False,
@@ -104,7 +106,7 @@ def _setting(
     counts = counts or ([2] if small else [20, 26])
     if max(counts) >= backbone.layers:
         raise UsageError(f"--replaced: accepted are 1 to {backbone.layers - 1}, one layer keeps attention")
-    lengths, needles, reviews = ((300,), 2, 4) if small else ((1024, 2048), 8, 300)
+    lengths, needles, reviews = ((300,), 2, 4) if small else ((1024, 2048), 16, 300)
     tasks = [
         LabelledFile("reviews", tokenizer, REVIEWS, items=reviews, metric="calibrated_accuracy"),
         Needle("needle", tokenizer, lengths=lengths, items=needles),
@@ -136,7 +138,7 @@ def _run(setting: Setting, folder: Path) -> list[dict[str, Any]]:
 
     backbone, chosen = setting.backbone.model, variants(setting.window)
     trained = {variant.name: _train(setting, variant, folder) for variant in chosen}
-    layouts = _layouts(setting, trained[CALIBRATED].twins, folder / "ranking.sqlite")
+    layouts = _layouts(setting, trained[CALIBRATED].twins, folder / "layouts.sqlite")
     for variant in chosen:
         if variant.heal == LAYOUT:
             for count, layout in layouts.items():
@@ -150,7 +152,8 @@ def _run(setting: Setting, folder: Path) -> list[dict[str, Any]]:
         return {"tokens": setting.tokens, "variant": name, "error": error, "scores": scores} | more
 
     base = _scores(setting, folder / "scores" / "base.json", lambda: backbone)
-    rows = [{"tokens": setting.tokens, "variant": "base", "error": None, "scores": {0: base}}]
+    kept = {count: [layer for layer, form in enumerate(one) if form is None] for count, one in layouts.items()}
+    rows = [{"tokens": setting.tokens, "variant": "base", "error": None, "scores": {0: base}, "kept": kept}]
     for control in CONTROLS:
         error = statistics.mean(report[control]["relative_error"] for report in trained[CALIBRATED].reports)
         name = {"no_op": "no-op", "window_only": "window only"}[control]
@@ -238,33 +241,40 @@ def _heal_layout(setting: Setting, trained: Trained, layout: Layout, folder: Pat
 
 
 def _layouts(setting: Setting, twins: Any, file: Path) -> dict[int, Layout]:
-    """Layers replaced -> the layout of that many, in the order of harm of single swaps."""
-    from dtr_deploy.hybrid.layout import full, swap
+    """Layers replaced -> the layout with the best search score of those that racing visits with so many, or with a few
+    more: it commits several layers at a time. `file` keeps its trials."""
+    from benchmarks.studies.search_setup import AssumedCost
+    from dtr_deploy.hybrid.layout import replaced
+    from dtr_deploy.progress import CountingBar, for_terminal
     from dtr_deploy.search.ledger import Ledger
+    from dtr_deploy.search.objective import Objective
+    from dtr_deploy.search.problem import Problem
     from dtr_deploy.search.scorer import ModelEvaluator, Scorer, models_hash
-    from dtr_deploy.search.strategies.ranking import DIVERGENCE_WEIGHT
+    from dtr_deploy.search.strategies import Racing, run
     from dtr_deploy.tasks.divergence import SCREENING, Divergence
 
-    layers = setting.backbone.layers
-    with Ledger(file) as ledger:
+    layers, name = setting.backbone.layers, f"{setting.tokens:,} tokens, layouts"
+    with Ledger(file) as ledger, CountingBar(for_terminal(), name) as report:
         evaluator = ModelEvaluator(
             setting.backbone.model,
             twins,
             setting.window,
             setting.tasks,
-            Divergence(setting.corpus.held_out[:8], every=SCREENING),
+            Divergence(setting.corpus.held_out[:4], every=SCREENING),
             setting.tasks[1:],
             models_hash(setting.backbone.fingerprint, twins, setting.window),
             precision=setting.precision,
         )
-        swaps = [swap(full(layers), layer, setting.form) for layer in range(layers)]
-        before, *after = Scorer(evaluator, ledger).screen_many([full(layers), *swaps])
-    harm = [one.harm_beyond(before, DIVERGENCE_WEIGHT) for one in after]
-    order = sorted(range(layers), key=lambda layer: (harm[layer], layer))
-    return {
-        count: tuple(setting.form if layer in order[:count] else None for layer in range(layers))
-        for count in setting.counts
-    }
+        scorer = Scorer(evaluator, ledger)
+        problem = Problem(scorer, AssumedCost(layers), Objective(goal="frontier"), ledger, "layouts", progress=report)
+        run(Racing(), problem)
+        visits = list(problem.visits.values())
+    chosen = {}
+    for count in setting.counts:
+        many = [visit for visit in visits if visit.replaced >= count]
+        best = max(many, key=lambda visit: (visit.score, visit.margin, -visit.replaced))
+        chosen[replaced(best.layout)] = best.layout
+    return chosen
 
 
 def _scores(setting: Setting, file: Path, make: Callable[[], Any]) -> dict[str, Any]:

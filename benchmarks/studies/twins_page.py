@@ -14,6 +14,8 @@ from dtr_deploy.search.statistics import difference_interval
 from dtr_deploy.tasks.base import TaskScore
 
 SCHEMA = 1
+ALL = "all"
+"""The mean of the tasks."""
 
 
 def write_page(out: Path, rows: Sequence[dict[str, Any]], about: dict[str, Any], environment: dict[str, Any]) -> None:
@@ -37,10 +39,12 @@ def _tasks(score: dict[str, Any]) -> list[TaskScore]:
 def _judged(row: dict[str, Any], base: list[TaskScore]) -> dict[str, Any]:
     scores = {}
     for count, score in row["scores"].items():
-        tasks = {}
-        for ours, theirs in zip(_tasks(score), base, strict=True):
-            difference = difference_interval([ours], [theirs], [1.0]).to_dict()
-            tasks[ours.task] = {"mean": ours.mean, "difference": difference, "margin": ours.mean_margin}
+        ours, weights = _tasks(score), [1.0] * len(base)
+        together = difference_interval(ours, base, weights).to_dict()
+        tasks = {ALL: {"mean": sum(task.mean for task in ours) / len(ours), "difference": together}}
+        for one, theirs in zip(ours, base, strict=True):
+            difference = difference_interval([one], [theirs], [1.0]).to_dict()
+            tasks[one.task] = {"mean": one.mean, "difference": difference, "margin": one.mean_margin}
         scores[count] = {"tasks": tasks, "kl": score["kl"], "perplexity": score["perplexity"]}
     return {key: value for key, value in row.items() if key != "scores"} | {"scores": scores}
 
@@ -60,9 +64,10 @@ def _page(
         *machine_lines(environment),
         "",
         "Error: |y - y'|^2 / |y|^2 of a layer's attention output on held-out text, mean (and largest) over layers.",
-        "Other columns: the hybrid with that many layers replaced, the same ones in every row; a task's mean, and its",
-        "paired difference to the base with the 95% interval; on held-out text KL(teacher || hybrid), nats a token,",
-        "and perplexity. Healed twins are trained on half as many tokens again, which their row's seconds include.",
+        "Other columns: the hybrid with that many layers replaced, the same ones in every row, those that racing chose",
+        "with the calibrated twins on the search split; the mean of the tasks and each task's, and its paired",
+        "difference to the base with the 95% interval; on held-out text KL(teacher || hybrid), nats a token, and",
+        "perplexity. Healed twins are trained on half as many tokens again, which their row's seconds include.",
         "Student prefix: in the second half of training, twins see what a hybrid of all twins hands them. Heal of the",
         "layout: that layout's own twins, in it alone.",
     ]
@@ -70,9 +75,10 @@ def _page(
         lines += ["", f"## {tokens:,} tokens", ""]
         some = [row for row in rows if row["tokens"] == tokens]
         names = list(next(iter(some[0]["scores"].values()))["tasks"])
+        kept = some[0]["kept"]
         for count in next(row for row in some if row["variant"] != "base")["scores"]:
             lines += [
-                f"{count} layers replaced",
+                f"{count} layers replaced, attention kept in {', '.join(map(str, kept[count]))}",
                 "",
                 f"| | error | {' | '.join(names)} | KL | perplexity | seconds |",
                 f"|---|---|{'---|' * len(names)}---|---|---|",

@@ -24,15 +24,18 @@ def test_every_variant_is_trained_scored_and_kept(tmp_path: Path) -> None:
         "+ heal", "+ heal of the layout",
     ]  # fmt: skip
     assert rows["base"]["scores"]["0"]["kl"] == 0.0
+    (count,) = rows["no-op"]["scores"]
+    assert int(count) >= 2 and len(rows["base"]["kept"][count]) == 4 - int(count)
     assert rows["no-op"]["error"] == 1.0
-    assert all(row["scores"]["2"]["kl"] > 0 for name, row in rows.items() if name != "base")
+    assert all(row["scores"][count]["kl"] > 0 for name, row in rows.items() if name != "base")
     assert rows["+ heal"]["error"] != rows["+ calibration"]["error"] != rows["+ student prefix"]["error"]
     assert rows["+ heal of the layout"]["error"] is None
-    kl = {name: row["scores"]["2"]["kl"] for name, row in rows.items() if name != "base"}
+    kl = {name: row["scores"][count]["kl"] for name, row in rows.items() if name != "base"}
     assert len(set(kl.values())) == len(kl)
     assert rows["+ calibration"]["checkpoints"]["twins"] == 4
     page = (tmp_path / "twins.md").read_text()
-    assert "2 layers replaced" in page and "no-op" in page and "of 4 had their lowest error before the end" in page
+    assert f"{count} layers replaced, attention kept in" in page and "| all |" in page and "no-op" in page
+    assert "of 4 had their lowest error before the end" in page
 
     scores = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json") if path.name != "summary.json"}
     again = CliRunner().invoke(app, command)
