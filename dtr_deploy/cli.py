@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from dtr_deploy.recipe import Recipe
 
 EXIT_CODES = """Exit codes: 0 done; 1 wrong input (recipe, file, model, engine) or any other error; 2 no layout reaches
-the recipe's target; 3 parity failed, an exported model does not compute what was trained; 130 stopped with Ctrl-C."""
+the recipe's target; 3 parity failed, an exported model does not compute what was trained, or lm-eval finds another
+score; 130 stopped with Ctrl-C."""
 
 INTERRUPTED = 130
 
