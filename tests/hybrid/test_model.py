@@ -150,8 +150,8 @@ def test_padded_batch_equals_single_rows(side, window, layout):
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     logits = model(padded, attention_mask=mask, position_ids=positions).logits
     for row, n in enumerate(lengths):
-        # Logits reach 20, and half a unit in the last place of the embeddings moves a first token's by up to 3.4e-4.
         alone = model(ids[row : row + 1, :n]).logits[0]
+        # Logits reach 20, and half a unit in the last place of the embeddings moves a first token's by up to 3.4e-4.
         torch.testing.assert_close(logits[row, mask[row].bool()], alone, rtol=0, atol=1e-3)
 
 
