@@ -24,6 +24,7 @@ from benchmarks.command_line import Command, application, one_line_errors, use_t
 if TYPE_CHECKING:
     from benchmarks.studies.twin_variants import Variant
     from dtr_deploy.hybrid.layout import Layout
+    from dtr_deploy.tasks.base import TaskScore
 
 NAME = "benchmarks.studies.twins"
 REVIEWS = Path(__file__).parents[2] / "recipes/data/reviews"
@@ -34,6 +35,9 @@ HEAL_SHARE = 0.5
 """Tokens of healing over tokens of distillation."""
 LAYOUT_RATES = (1e-4, 1e-3)
 """Learning rates where one layout is healed: smaller than where layouts are drawn, every step trains the same twins."""
+
+Scores = tuple[Sequence["TaskScore"], float, float]
+"""Of each task, with the divergence from the teacher in nats and the perplexity."""
 
 app = application()
 
@@ -134,7 +138,6 @@ def _run(setting: Setting, folder: Path) -> list[dict[str, Any]]:
     """A row for the base, each control and each variant."""
     from benchmarks.studies.twin_variants import CALIBRATED, LAYOUT, variants
     from dtr_deploy.hybrid.controls import CONTROLS, Control, make_control
-    from dtr_deploy.hybrid.model import make_hybrid
 
     backbone, chosen = setting.backbone.model, variants(setting.window)
     trained = {variant.name: _train(setting, variant, folder) for variant in chosen}
@@ -144,30 +147,30 @@ def _run(setting: Setting, folder: Path) -> list[dict[str, Any]]:
             for count, layout in layouts.items():
                 trained[variant.name].healed[count] = _heal_layout(setting, trained[variant.name], layout, folder)
 
-    def row(name: str, slug: str, error: float | None, make: Callable[[int], Any], **more: Any) -> dict[str, Any]:
+    def row(name: str, slug: str, error: float | None, score: Callable[[int], Scores], **more: Any) -> dict[str, Any]:
         scores = {
-            count: _scores(setting, folder / "scores" / f"{slug}.{count}.json", partial(make, count))
-            for count in layouts
+            count: _kept(folder / "scores" / f"{slug}.{count}.json", partial(score, count)) for count in layouts
         }
         return {"tokens": setting.tokens, "variant": name, "error": error, "scores": scores} | more
 
-    base = _scores(setting, folder / "scores" / "base.json", lambda: backbone)
+    full: Layout = (None,) * len(backbone.model.layers)
+    base = _kept(folder / "scores" / "base.json", lambda: _hybrid_scores(setting, full, setting.window, {}))
     kept = {count: [layer for layer, form in enumerate(one) if form is None] for count, one in layouts.items()}
     rows = [{"tokens": setting.tokens, "variant": "base", "error": None, "scores": {0: base}, "kept": kept}]
     for control in CONTROLS:
         error = statistics.mean(report[control]["relative_error"] for report in trained[CALIBRATED].reports)
         name = {"no_op": "no-op", "window_only": "window only"}[control]
 
-        def layers_without(count: int, control: Control = control) -> Any:
-            return make_control(backbone, layouts[count], control, setting.window)
+        def layers_without(count: int, control: Control = control) -> Scores:
+            return _model_scores(setting, make_control(backbone, layouts[count], control, setting.window))
 
         rows.append(row(name, control, error, layers_without))
     for variant in chosen:
         done = trained[variant.name]
 
-        def hybrid(count: int, variant: Variant = variant, done: Trained = done) -> Any:
+        def hybrid(count: int, variant: Variant = variant, done: Trained = done) -> Scores:
             twins = done.healed[count][0] if done.healed else done.twins
-            return make_hybrid(backbone, layouts[count], variant.window, twins)
+            return _hybrid_scores(setting, layouts[count], variant.window, twins)
 
         seconds = done.seconds + (statistics.mean(took for _, took in done.healed.values()) if done.healed else 0.0)
         more = {"largest": done.largest, "seconds": seconds, "checkpoints": done.checkpoints}
@@ -277,28 +280,54 @@ def _layouts(setting: Setting, twins: Any, file: Path) -> dict[int, Layout]:
     return chosen
 
 
-def _scores(setting: Setting, file: Path, make: Callable[[], Any]) -> dict[str, Any]:
-    """Each task on the confirm split, item by item, and the divergence from the teacher on held-out text."""
-    from dtr_deploy.hybrid.precision import products_dtype, products_in
+def _kept(file: Path, score: Callable[[], Scores]) -> dict[str, Any]:
+    """What `file` says of a model's scores, computed where it is not there: each task on the confirm split, item by
+    item, and the divergence from the teacher on held-out text."""
     from dtr_deploy.run_dir import write_atomically
-    from dtr_deploy.tasks.divergence import Divergence
 
     if not file.is_file():
-        began, model = time.monotonic(), make()
-        with products_in(products_dtype(setting.precision, "cpu"), "cpu"):
-            scores = [task.score(model, "confirm") for task in setting.tasks]
-            divergence = Divergence(setting.corpus.held_out[-8:])
-            divergence.reference(setting.backbone.model)
-            against = divergence.score(model)
+        began = time.monotonic()
+        scores, kl, perplexity = score()
         found = {
-            "tasks": [score.to_dict() for score in scores],
-            "kl": against.mean_kl,
-            "perplexity": against.perplexity,
+            "tasks": [task.to_dict() for task in scores],
+            "kl": kl,
+            "perplexity": perplexity,
             "seconds": time.monotonic() - began,
         }
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(found).encode())
     return json.loads(file.read_text())
+
+
+def _hybrid_scores(setting: Setting, layout: Layout, window: int, twins: Any) -> Scores:
+    """Scores of a layout as a search computes them, without padding."""
+    from dtr_deploy.search.scorer import ModelEvaluator
+
+    evaluator = ModelEvaluator(
+        setting.backbone.model, twins, window, setting.tasks, _divergence(setting), [], "", precision=setting.precision
+    )
+    (raw,) = evaluator.score([layout], "confirm", 0)
+    (screened,) = evaluator.screen([layout])
+    scores = evaluator.interpret("confirm", [(raw.arrays, raw.scalars)])
+    return scores, screened.scalars["kl"], screened.scalars["perplexity"]
+
+
+def _model_scores(setting: Setting, model: Any) -> Scores:
+    """Scores of a model that is no hybrid."""
+    from dtr_deploy.hybrid.precision import products_dtype, products_in
+
+    with products_in(products_dtype(setting.precision, "cpu"), "cpu"):
+        scores = [task.score(model, "confirm") for task in setting.tasks]
+        divergence = _divergence(setting)
+        divergence.reference(setting.backbone.model)
+        against = divergence.score(model)
+    return scores, against.mean_kl, against.perplexity
+
+
+def _divergence(setting: Setting) -> Any:
+    from dtr_deploy.tasks.divergence import Divergence
+
+    return Divergence(setting.corpus.held_out[-8:])
 
 
 if __name__ == "__main__":
