@@ -92,7 +92,8 @@ class TaskRecipe(Section):
     `lengths`, after as many examples as a prompt of each length holds. synthetic: `needle`, `multi_key` (one of `keys`
     needles is asked for) or `variable_tracking` (through `hops` assignments, among `keys` chains), at each of `lengths`
     prompt tokens; filler: a text to hide them in. lm_eval: the name of a task of lm-evaluation-harness. items: examples
-    scored in each split. What is left out is the task's own default.
+    scored in each split; confirm_items: of synthetic tasks on the confirm and test splits, which are scored a few times
+    only, so that more of them cost little. What is left out is the task's own default.
     """
 
     name: str
@@ -106,6 +107,7 @@ class TaskRecipe(Section):
     hops: Positive | None = None
     filler: str | None = None
     items: Positive | None = None
+    confirm_items: Positive | None = None
     weight: Annotated[float, Field(gt=0)] = 1.0
 
 

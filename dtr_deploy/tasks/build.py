@@ -19,15 +19,15 @@ KINDS = ("file", "synthetic", "lm_eval")
 OPTIONS: dict[str, tuple[str, ...]] = {
     "file": ("shots", "items", "metric"),
     "many_shot": ("lengths", "items", "metric"),
-    "needle": ("lengths", "items", "filler"),
-    "multi_key": ("lengths", "items", "filler", "keys"),
-    "variable_tracking": ("lengths", "items", "filler", "keys", "hops"),
+    "needle": ("lengths", "items", "confirm_items", "filler"),
+    "multi_key": ("lengths", "items", "confirm_items", "filler", "keys"),
+    "variable_tracking": ("lengths", "items", "confirm_items", "filler", "keys", "hops"),
     "lm_eval": ("items", "metric", "shots"),
 }
 """What each kind of task takes besides name and weight. A `file` with `lengths` is a many-shot task."""
 EXACT_MATCH = "exact_match"
 """The metric of labelled files whose answers are generated instead of compared."""
-OPTION_KEYS = ("shots", "metric", "lengths", "items", "filler", "keys", "hops")
+OPTION_KEYS = ("shots", "metric", "lengths", "items", "confirm_items", "filler", "keys", "hops")
 
 
 def build_tasks(

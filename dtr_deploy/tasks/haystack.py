@@ -53,7 +53,8 @@ class Puzzle:
 
 
 class Haystack(RequestTask):
-    """`items` prompts at each of `lengths`; every split has its own facts and depths.
+    """`items` prompts at each of `lengths`, `confirm_items` (None: as many) on the splits that are scored only a few
+    times, confirm and test; every split has its own facts and depths.
 
     Score of an item: 1 if each token of the answer is the argmax given those before it (so greedy decoding would write
     it), else 0. Margin: mean log-probability of the answer's tokens, nats a token. Strata: the lengths.
@@ -76,18 +77,21 @@ class Haystack(RequestTask):
         *,
         lengths: Sequence[int] = DEFAULT_LENGTHS,
         items: int = DEFAULT_ITEMS,
+        confirm_items: int | None = None,
         filler: str | None = None,
         seed: int = 0,
         weight: float = 1.0,
         batch_tokens: int = BATCH_TOKENS,
     ) -> None:
         super().__init__(name, tokenizer, weight, batch_tokens)
-        if items < 1 or not lengths:
+        if items < 1 or (confirm_items is not None and confirm_items < 1) or not lengths:
             raise UsageError(
-                f"task {name!r}: needs items >= 1 and at least one length, got {items} and {list(lengths)}"
+                f"task {name!r}: needs items >= 1, confirm_items >= 1 and at least one length, "
+                f"got {items}, {confirm_items} and {list(lengths)}"
             )
         self.lengths = tuple(lengths)
-        self.items = items
+        later = items if confirm_items is None else confirm_items
+        self.items: dict[Split, int] = {"search": items, "confirm": later, "test": later}
         self.filler = filler
         self.seed = seed
 
@@ -107,15 +111,15 @@ class Haystack(RequestTask):
         requests = []
         for length in self.lengths:
             rng = random.Random(f"{self.kind}/{self.seed}/{split}/{length}")
-            for item in range(self.items):
-                puzzle = self.pose(rng, (item + rng.random()) / self.items)
+            for item in range(self.items[split]):
+                puzzle = self.pose(rng, (item + rng.random()) / self.items[split])
                 first = rng.randrange(len(prose)) if self.filler else 0
                 requests.append(self._fit(length, puzzle, [*prose[first:], *prose[:first]]))
         return requests
 
     def interpret(self, split: Split, scores: RequestScores) -> TaskScore:
         """See the class."""
-        strata = tuple(str(length) for length in self.lengths for _ in range(self.items))
+        strata = tuple(str(length) for length in self.lengths for _ in range(self.items[split]))
         return TaskScore(self.name, split, scores.greedy.astype(float), scores.log_probs / scores.lengths, strata)
 
     def _prose(self, split: Split) -> list[str]:

@@ -56,7 +56,7 @@ def test_the_seed_reaches_every_task(folder: str) -> None:
         ([{}], "exactly one of the keys file, synthetic, lm_eval; it has none"),
         ([{"file": "x", "synthetic": "needle"}], "exactly one of the keys"),
         ([{"synthetic": "haystack"}], "synthetic: 'haystack' is not one of needle, multi_key, variable_tracking"),
-        ([{"synthetic": "needle", "keys": 4}], "keys: not a key of needle; accepted are lengths, items, filler"),
+        ([{"synthetic": "needle", "keys": 4}], "keys: not a key of needle; accepted are lengths, items, confirm_items, filler"),
         ([{"synthetic": "multi_key", "hops": 2}], "hops: not a key of multi_key; accepted are .*keys"),
         ([{"synthetic": "multi_key", "keys": 1}], "keys: accepted are 2 to"),
         ([{"file": "x", "filler": "pydoc"}], "filler: not a key of file; accepted are shots, items, metric"),
@@ -74,12 +74,13 @@ def test_bad_entries_are_named(entries: list[dict[str, Any]], message: str) -> N
 
 def test_recall_tasks_take_their_own_keys(folder: str) -> None:
     recipes = [
-        TaskRecipe(name="keys", synthetic="multi_key", keys=3, lengths=(700,), items=2),
+        TaskRecipe(name="keys", synthetic="multi_key", keys=3, lengths=(700,), items=2, confirm_items=5),
         TaskRecipe(name="chains", synthetic="variable_tracking", keys=2, hops=2, lengths=(3000,), filler="pydoc"),
         TaskRecipe(name="shots", file=folder, lengths=(150, 200), items=2, metric="calibrated_accuracy"),
     ]
     keys, chains, shots = build_tasks(recipes, tiny_tokenizer(), seed=0)
-    assert isinstance(keys, MultiKey) and (keys.keys, keys.lengths, keys.items) == (3, (700,), 2)
+    assert isinstance(keys, MultiKey) and (keys.keys, keys.lengths) == (3, (700,))
+    assert keys.items == {"search": 2, "confirm": 5, "test": 5}
     assert isinstance(chains, VariableTracking) and (chains.keys, chains.hops, chains.filler) == (2, 2, "pydoc")
     assert isinstance(shots, ManyShot) and shots.lengths == (150, 200) and shots.metric == "calibrated_accuracy"
 
@@ -117,7 +118,7 @@ def test_a_recipe_says_where_the_filler_is(recipe_file: Path) -> None:
             "keys: 4",
             "hops: 1",
             6,
-            "tasks[0].hops: not a key of multi_key tasks; accepted: lengths, items, filler, keys",
+            "tasks[0].hops: not a key of multi_key tasks; accepted: lengths, items, confirm_items, filler, keys",
         ),
         ("book.txt", "none.txt", 6, "tasks[0].filler: no such file or folder: none.txt"),
         ("lengths: [1024]", "lengths: [1024], shots: 4", 7, "tasks[1].shots: not a key of many_shot tasks"),
@@ -136,7 +137,7 @@ def test_mistakes_in_a_recipe_name_the_line(recipe_file: Path, old: str, new: st
 def test_single_swaps_are_screened_by_what_the_recipe_names(recipe_file: Path) -> None:
     backbone: Any = SimpleNamespace(tokenizer=tiny_tokenizer())
     (only,) = recall_screen(load_recipe(recipe_file), backbone)
-    assert isinstance(only, MultiKey) and (only.lengths, only.items) == ((1024,), 6)
+    assert isinstance(only, MultiKey) and (only.lengths, only.items["search"]) == ((1024,), 6)
     recipe_file.write_text(RECALL.split("search:")[0])
     needle, keys = recall_screen(load_recipe(recipe_file), backbone)
     assert isinstance(needle, Needle) and isinstance(keys, MultiKey) and needle.name != keys.name

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dtr_deploy.errors import UsageError
@@ -11,6 +12,7 @@ from dtr_deploy.tasks.base import SPLITS
 from dtr_deploy.tasks.haystack import FILLER, Haystack, pieces
 from dtr_deploy.tasks.multi_key import MultiKey
 from dtr_deploy.tasks.needle import Needle
+from dtr_deploy.tasks.scoring import RequestScores
 from dtr_deploy.tasks.variable_tracking import EXAMPLES, VariableTracking
 from tests.tiny import tiny_tokenizer
 
@@ -93,6 +95,16 @@ def test_prose_fills_the_prompt_in_place_of_the_sentences(tmp_path: Path) -> Non
     assert task.fingerprint("search") != task.fingerprint("test")
 
 
+def test_splits_that_are_scored_rarely_may_have_more_items() -> None:
+    few = MultiKey("t", TOKENIZER, lengths=[LENGTH, 2 * LENGTH], items=2)
+    more = MultiKey("t", TOKENIZER, lengths=[LENGTH, 2 * LENGTH], items=2, confirm_items=5)
+    assert more.fingerprint("search") == few.fingerprint("search")
+    for split in ("confirm", "test"):
+        assert len(few.requests(split)) == 4 and len(more.requests(split)) == 10
+        count = RequestScores(np.zeros(10), np.ones(10, dtype=bool), np.ones(10, dtype=int))
+        assert more.interpret(split, count).by_stratum() == {str(LENGTH): 1.0, str(2 * LENGTH): 1.0}
+
+
 def test_pieces_are_sentences_and_no_longer_than_said() -> None:
     assert pieces("One. Two three!\nFour") == ["One.", "Two three!", "Four"]
     assert [len(piece.split()) for piece in pieces("word " * 35)] == [16, 16, 3]
@@ -110,6 +122,7 @@ def test_generated_text_is_judged_by_its_first_word() -> None:
     ("make", "message"),
     [
         (lambda: MultiKey("t", TOKENIZER, keys=1), "'t': keys: accepted are 2 to"),
+        (lambda: MultiKey("t", TOKENIZER, confirm_items=0), r"'t': needs items >= 1, confirm_items >= 1"),
         (lambda: VariableTracking("t", TOKENIZER, keys=1), r"keys, hops: accepted are 2 chains"),
         (lambda: VariableTracking("t", TOKENIZER, hops=40), r"keys, hops: .* at most \d+; got 4 and 40"),
         (
