@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dtr_deploy.recipe import Recipe
+    from dtr_deploy.report.schema import Report
 
 EXIT_CODES = """Exit codes: 0 done; 1 wrong input (recipe, file, model, engine) or any other error; 2 no layout reaches
 the recipe's target; 3 parity failed, an exported model does not compute what was trained, or lm-eval finds another
@@ -253,12 +254,47 @@ def bench(run: RunFolder, debug: Debug = False) -> None:
 def show(run: RunFolder, debug: Debug = False) -> None:
     """A run's report: layout, scores, throughput, parity, time."""
     with _one_line_errors(debug):
-        from dtr_deploy.report.schema import REPORT, read_report
         from dtr_deploy.report.tables import show as show_report
 
-        if not run.is_dir():
-            raise UsageError(f"{run}: no such run; accepted: a folder that `dtr-deploy build` made")
-        show_report(read_report(run / REPORT), _console())
+        show_report(_read_report(run), _console())
+
+
+@app.command(short_help="A run's report as one HTML file.")
+def report(
+    run: RunFolder,
+    out: Annotated[Path | None, typer.Option(help="The file to write; report.html in the run's folder.")] = None,
+    debug: Debug = False,
+) -> None:
+    """A run's report as one HTML file that opens offline. `build` writes it too; this writes it again."""
+    with _one_line_errors(debug):
+        from dtr_deploy.report.page import PAGE, page
+        from dtr_deploy.run_dir import write_atomically
+
+        target = out or run / PAGE
+        text = page(_read_report(run))
+        if not target.parent.is_dir():
+            raise UsageError(f"--out {target}: there is no folder {target.parent}")
+        write_atomically(target, text.encode())
+        typer.echo(f"report: {target}")
+
+
+@app.command(short_help="Runs side by side.")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, two or more.", show_default=False)],
+    debug: Debug = False,
+) -> None:
+    """Runs side by side: layout, scores, speedups, memory, parity, time."""
+    with _one_line_errors(debug):
+        from dtr_deploy.report.compare import comparison
+
+        if len(runs) < 2:
+            raise UsageError("name two runs or more; `dtr-deploy show` shows one")
+        names = [run.resolve().name for run in runs]
+        distinct = len(set(names)) == len(names)
+        found = {name if distinct else str(run): _read_report(run) for name, run in zip(names, runs, strict=True)}
+        if len(found) < len(runs):
+            raise UsageError(f"{_first_twice(runs)}: named twice")
+        _console().print(comparison(found))
 
 
 @app.command(short_help="What this machine has: devices and engines.")
@@ -298,6 +334,18 @@ def _open_run(run: Path) -> tuple[Any, Recipe]:
 
     opened = RunDir(run, create=False)
     return opened, recipe_from_copy(opened.path)
+
+
+def _read_report(run: Path) -> Report:
+    from dtr_deploy.report.schema import REPORT, read_report
+
+    if not run.is_dir():
+        raise UsageError(f"{run}: no such run; accepted: a folder that `dtr-deploy build` made")
+    return read_report(run / REPORT)
+
+
+def _first_twice(runs: Sequence[Path]) -> Path:
+    return next(run for index, run in enumerate(runs) if run in runs[:index])
 
 
 def _console() -> Console:

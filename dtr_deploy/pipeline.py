@@ -375,7 +375,7 @@ class Build:
     # --- what a person reads
 
     def report(self) -> StageRecord:
-        """`report.json`, and the model card in `hybrid/README.md` with the same figures."""
+        """`report.json`, and with the same figures `report.html` and the model card, `hybrid/README.md`."""
         key = stage_key(
             "report",
             __version__,
@@ -386,12 +386,14 @@ class Build:
         def work(folder: Path) -> tuple[list[Path], dict[str, Any]]:
             from dtr_deploy.export.huggingface import write_model_card
             from dtr_deploy.report.collect import collect_report
+            from dtr_deploy.report.page import PAGE, page
             from dtr_deploy.report.schema import REPORT
 
             report = collect_report(self.recipe, self.run, self.backbone)
             write_atomically(folder / REPORT, report.to_json())
+            write_atomically(folder / PAGE, page(report).encode())
             card = write_model_card(report, folder / "hybrid")
-            return [folder / REPORT, card], {}
+            return [folder / REPORT, folder / PAGE, card], {}
 
         return self._stage("report", key, work)
 

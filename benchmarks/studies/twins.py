@@ -148,9 +148,7 @@ def _run(setting: Setting, folder: Path) -> list[dict[str, Any]]:
                 trained[variant.name].healed[count] = _heal_layout(setting, trained[variant.name], layout, folder)
 
     def row(name: str, slug: str, error: float | None, score: Callable[[int], Scores], **more: Any) -> dict[str, Any]:
-        scores = {
-            count: _kept(folder / "scores" / f"{slug}.{count}.json", partial(score, count)) for count in layouts
-        }
+        scores = {count: _kept(folder / "scores" / f"{slug}.{count}.json", partial(score, count)) for count in layouts}
         return {"tokens": setting.tokens, "variant": name, "error": error, "scores": scores} | more
 
     full: Layout = (None,) * len(backbone.model.layers)

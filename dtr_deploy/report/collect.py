@@ -12,6 +12,7 @@ from dtr_deploy.report.schema import (
     DistillRow,
     LayerRow,
     LmEvalReportRow,
+    MemoryRow,
     ParityReportRow,
     Report,
     ScoreRow,
@@ -22,8 +23,11 @@ from dtr_deploy.run_dir import RunDir, StageRecord
 
 if TYPE_CHECKING:
     from dtr_deploy.hybrid.backbone import Backbone
+    from dtr_deploy.hybrid.layout import Layout
 
 SEARCH_FILE = "search.json"
+SHORTEST_SEQUENCE = 512
+"""Tokens, of the table of memory; every power of two from there to the model's context."""
 
 
 def collect_report(recipe: Recipe, run: RunDir, backbone: Backbone) -> Report:
@@ -45,6 +49,7 @@ def collect_report(recipe: Recipe, run: RunDir, backbone: Backbone) -> Report:
         throughput=_throughput(stages),
         parity=[ParityReportRow(**row) for row in stages["parity"].result["rows"]],
         lm_eval=_lm_eval(recipe, stages),
+        memory=memory_rows(recipe, backbone.model.config, tuple(found["layout"])),
         search=SearchSummary(
             **{name: found[name] for name in ("strategy", "trials", "layer_forwards", "seconds", "speedup")},
             **{name: found[name] for name in ("m_best", "m_opt", "frontier", "steps")},
@@ -94,3 +99,25 @@ def _lm_eval(recipe: Recipe, stages: dict[str, StageRecord]) -> list[LmEvalRepor
     if all(task.lm_eval is None for task in recipe.tasks):
         return []
     return [LmEvalReportRow(**row) for row in stages["lm-eval"].result["rows"]]
+
+
+def memory_rows(recipe: Recipe, config: Any, layout: Layout) -> list[MemoryRow]:
+    """The cache of a sequence on the target's engine, at every power of two of tokens up to the context."""
+    from dtr_deploy.engines.base import Workload
+    from dtr_deploy.throughput.cache_bytes import CacheSize, cache_dtypes
+
+    target, rows = recipe.target, []
+    context, tokens = int(config.max_position_embeddings), SHORTEST_SEQUENCE
+    while tokens <= context:
+        size = CacheSize(config, recipe.window, *cache_dtypes(target.engine, target.precision), Workload(tokens - 1, 1))
+        rows.append(
+            MemoryRow(
+                engine=target.engine,
+                precision=target.precision,
+                tokens=tokens,
+                base_bytes=size((None,) * len(layout)),
+                hybrid_bytes=size(layout),
+            )
+        )
+        tokens *= 2
+    return rows

@@ -150,6 +150,27 @@ class LmEvalReportRow(_Row):
     passed: bool
 
 
+class MemoryRow(_Row):
+    """Bytes of keys, values and states of one sequence of so many tokens, as the target's engine holds them."""
+
+    engine: str
+    precision: str
+    tokens: int
+    base_bytes: int
+    hybrid_bytes: int
+
+
+DECISIONS = {
+    "base": "base",
+    "commit": "committed",
+    "between_steps": "between steps",
+    "reject": "rejected",
+    "walk_back": "walked back",
+    "confirm": "confirmed",
+}
+"""Actions of a search's steps that decide on a layout -> what a reader is told."""
+
+
 class SearchSummary(_Row):
     """How the layout was found. seconds: of scoring and screening; frontier, m_best, m_opt, steps, cost_model,
     shrinkage: as `search.result.SearchResult` has them."""
@@ -167,6 +188,16 @@ class SearchSummary(_Row):
     cost_model: dict[str, Any] = Field(default_factory=dict)
     shrinkage: dict[str, Any] | None = None
 
+    @property
+    def swaps(self) -> list[dict[str, Any]]:
+        """What each swap alone was estimated to cost (layer, form, kl, recall), where a strategy ranks by it."""
+        return next((step["swaps"] for step in self.steps if step.get("swaps")), [])
+
+    @property
+    def decisions(self) -> list[dict[str, Any]]:
+        """The steps in which a layout was decided on."""
+        return [step for step in self.steps if step["action"] in DECISIONS and step.get("score") is not None]
+
 
 class Report(_Row):
     schema_version: Literal[1] = 1
@@ -178,6 +209,7 @@ class Report(_Row):
     throughput: list[ThroughputRow] = Field(default_factory=list)
     parity: list[ParityReportRow] = Field(default_factory=list)
     lm_eval: list[LmEvalReportRow] = Field(default_factory=list)
+    memory: list[MemoryRow] = Field(default_factory=list)
     search: SearchSummary | None = None
     environment: dict[str, Any] = Field(default_factory=dict)
     seconds: dict[str, float] = Field(default_factory=dict)

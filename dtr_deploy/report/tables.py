@@ -14,7 +14,7 @@ from rich.text import Text
 
 from dtr_deploy.hybrid.layout import counts, ranges
 from dtr_deploy.progress import seconds_text
-from dtr_deploy.report.schema import Report, ThroughputRow
+from dtr_deploy.report.schema import DECISIONS, Report, ThroughputRow
 
 ENGINE_NAMES = {"ort": "ONNX Runtime", "genai": "ONNX Runtime GenAI", "vllm": "vLLM", "torch": "Hugging Face"}
 
@@ -119,6 +119,11 @@ def throughput_rows_table(rows: Iterable[ThroughputRow]) -> Table:
     return table
 
 
+def throughput_name(row: ThroughputRow) -> str:
+    """Engine, precision and workload of a row."""
+    return f"{ENGINE_NAMES.get(row.engine, row.engine)} {row.precision}, {_workload_text(row)}"
+
+
 def _workload_text(row: ThroughputRow) -> str:
     text = f"{row.workload.prompt:,} + {row.workload.output:,}"
     return text if row.workload.concurrency == 1 else f"{text}, {row.workload.concurrency} at once"
@@ -168,6 +173,49 @@ def lm_eval_table(report: Report) -> Table:
         gate = Text("equal", style="green") if row.passed else Text("DIFFERENT", style="bold red")
         theirs = f"{row.lm_eval:.4f} (standard error {row.standard_error:.4f})"
         table.add_row(row.task, f"{row.documents:,}", f"{row.ours:.4f}", theirs, gate)
+    return table
+
+
+def layers_table(report: Report) -> Table:
+    """Every twin: whether it was taken, its error and the controls', and what its swap alone was estimated to cost."""
+    costs = {(swap["layer"], swap["form"]): swap for swap in (report.search.swaps if report.search else [])}
+    layout = report.forms()
+    table = new_table(
+        "Layers", "layer", "form", "in the layout", "relative error", "no-op", "window only", "KL added", "recall lost"
+    )
+    for row in sorted(report.distill, key=lambda row: (row.layer, row.form)):
+        cost = costs.get((row.layer, row.form), {})
+        taken = (layout[row.layer] or "").partition("@")[0] == row.form.partition("@")[0]
+        controls = (f"{row.controls[name]:.3f}" if name in row.controls else "" for name in ("no_op", "window_only"))
+        found = (f"{cost[name]:+.4f}" if name in cost else "" for name in ("kl", "recall"))
+        table.add_row(
+            str(row.layer), row.form, "yes" if taken else "", f"{row.relative_error:.4f}", *controls, *found
+        )  # fmt: skip
+    return table
+
+
+def path_tables(report: Report) -> list[Table]:
+    """The search's steps that have a score, in order."""
+    table = new_table("", "step", "what", "layers replaced", "score", "loss", "speedup", numbers_from=2)
+    decisions = report.search.decisions if report.search else []
+    for number, step in enumerate(decisions):
+        loss, speedup = step.get("loss"), step.get("speedup")
+        table.add_row(
+            str(number),
+            DECISIONS[step["action"]],
+            str(step.get("replaced", 0)),
+            f"{step['score']:.3f}",
+            "" if loss is None else f"{loss:+.3f}",
+            "" if speedup is None else f"{speedup:.2f}x",
+        )
+    return [table] if decisions else []
+
+
+def memory_table(report: Report) -> Table:
+    table = new_table("Cache of one sequence, MiB", "tokens", "base", "hybrid", "hybrid over base", numbers_from=0)
+    for row in report.memory:
+        base, hybrid = row.base_bytes / 2**20, row.hybrid_bytes / 2**20
+        table.add_row(f"{row.tokens:,}", f"{base:,.2f}", f"{hybrid:,.2f}", f"{hybrid / base:.2f}")
     return table
 
 

@@ -66,8 +66,11 @@ class Screening:
 
         Recall *gained* counts nothing: a margin that happens to rise must not pay for a worse model.
         """
-        lost = sum(max(0.0, before.recall[task] - margin) for task, margin in self.recall.items())
-        return divergence_weight * (self.kl - before.kl) + lost
+        return divergence_weight * (self.kl - before.kl) + self.recall_lost(before)
+
+    def recall_lost(self, before: Screening) -> float:
+        """Nats of margin lost against `before`, over the recall tasks."""
+        return sum(max(0.0, before.recall[task] - margin) for task, margin in self.recall.items())
 
 
 @dataclass(frozen=True)

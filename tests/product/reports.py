@@ -6,6 +6,7 @@ from dtr_deploy.report.schema import (
     DistillRow,
     LayerRow,
     LmEvalReportRow,
+    MemoryRow,
     ParityReportRow,
     Report,
     ScoreRow,
@@ -17,6 +18,54 @@ from dtr_deploy.report.schema import (
 
 def throughput(prefill: float, decode: float, workload: Workload) -> Throughput:
     return Throughput("ort", "int4", workload, 3, prefill, decode, prefill + decode)
+
+
+def full_report() -> Report:
+    """`small_report` with what a search leaves, twins of two forms, several prompts and engines, and memory."""
+    report = small_report()
+    names = ("gla", "gated_deltanet")
+    report.distill = [
+        report.distill[0].model_copy(update={"layer": layer, "form": form, "relative_error": 0.01 * (7 * layer + n)})
+        for layer in range(1, 4)
+        for n, form in enumerate(names, start=1)
+    ]
+    swaps = [
+        {"layer": row.layer, "form": row.form, "kl": 0.011 * row.layer, "recall": 0.13 * row.layer, "margin": None}
+        for row in report.distill
+    ]
+
+    def visit(replaced: int, score: float, passes: bool) -> dict[str, object]:
+        loss = round(0.86 - score, 3)
+        interval = [loss - 0.02, loss + 0.03] if replaced else None
+        speedup = 1 + 0.31 * replaced
+        return dict(replaced=replaced, score=score, loss=loss, interval=interval, speedup=speedup, passes=passes)
+
+    kept, failed = visit(3, 0.85, True), visit(4, 0.79, False)
+    steps = [
+        {"action": "base", "score": 0.86},
+        {"action": "rank", "ranking": [], "swaps": swaps},
+        {"action": "commit", "changes": [[1, "gla"], [2, "gla"], [3, "gla"]], **kept},
+        {"action": "reject", "changes": [[0, "gla"]], **failed},
+        {"action": "confirm", **kept},
+    ]
+    assert report.search is not None
+    report.search.steps, report.search.speedup = steps, 1.87
+    report.search.frontier = [visit(0, 0.86, True), kept, failed]
+    report.scores["test"] = report.scores["search"].model_copy(update={"hybrid": 0.84, "ci": (-0.06, 0.02)})
+    for prompt in (512, 2048):
+        for engine, precision in (("vllm", "bf16"), ("genai", "int4")):
+            workload = Workload(prompt, 64)
+            base, hybrid = (
+                Throughput(engine, precision, workload, 3, prompt / rate, 63 / rate, (prompt + 63) / rate)
+                for rate in (prompt / 7, prompt / 5)
+            )
+            report.throughput.append(ThroughputRow.compare(base, hybrid))
+    report.parity.append(report.parity[0].model_copy(update={"engine": "genai", "passed": False, "mean_kl": 0.004}))
+    report.memory = [
+        MemoryRow(engine="ort", precision="int4", tokens=n, base_bytes=4096 * n, hybrid_bytes=1024 * n + 99_000)
+        for n in (512, 1024, 2048)
+    ]
+    return report
 
 
 def small_report() -> Report:

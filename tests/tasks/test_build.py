@@ -56,7 +56,7 @@ def test_the_seed_reaches_every_task(folder: str) -> None:
         ([{}], "exactly one of the keys file, synthetic, lm_eval; it has none"),
         ([{"file": "x", "synthetic": "needle"}], "exactly one of the keys"),
         ([{"synthetic": "haystack"}], "synthetic: 'haystack' is not one of needle, multi_key, variable_tracking"),
-        ([{"synthetic": "needle", "keys": 4}], "keys: not a key of needle; accepted are lengths, items, confirm_items, filler"),
+        ([{"synthetic": "needle", "keys": 4}], "keys: not a key of needle; accepted are lengths, items, confirm_items"),
         ([{"synthetic": "multi_key", "hops": 2}], "hops: not a key of multi_key; accepted are .*keys"),
         ([{"synthetic": "multi_key", "keys": 1}], "keys: accepted are 2 to"),
         ([{"file": "x", "filler": "pydoc"}], "filler: not a key of file; accepted are shots, items, metric"),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dtr_deploy.search.problem import Candidate, Problem, apply
-from dtr_deploy.search.strategies.ranking import DIVERGENCE_WEIGHT, gains, harms, in_order, one_per_layer
+from dtr_deploy.search.strategies.ranking import DIVERGENCE_WEIGHT, gains, harms, in_order, one_per_layer, tried
 
 FRONTIER_STEP = 3
 """Layers between two prefixes of a frontier."""
@@ -29,7 +29,8 @@ class OneShot:
     def run(self, problem: Problem) -> None:
         candidates = sorted(problem.scorer.candidates)
         problem.expected = 1 + len(candidates) + 6
-        harm = harms(problem, problem.committed.layout, candidates, gains(problem), self.divergence_weight)
+        costs = tried(problem, problem.committed.layout, candidates)
+        harm = harms(costs, gains(problem), self.divergence_weight)
         take_prefix(problem, one_per_layer(in_order(harm)))
 
 

@@ -14,7 +14,7 @@ from dtr_deploy.search.objective import Objective, Visit
 from dtr_deploy.search.problem import Candidate, Problem, apply
 from dtr_deploy.search.statistics import cautious_difference
 from dtr_deploy.search.strategies.race import Entry, race
-from dtr_deploy.search.strategies.ranking import harms, in_order, one_per_layer
+from dtr_deploy.search.strategies.ranking import harms, in_order, one_per_layer, tried
 from dtr_deploy.throughput.performance import Performance
 
 NEWCOMERS = 2
@@ -76,7 +76,7 @@ def _newcomers(
     left = [candidate for candidate in sorted(problem.scorer.candidates) if layout[candidate.layer] is None]
     if not left:
         return []
-    harm = harms(problem, layout, left, gain, divergence_weight, "screening the layers left out")
+    harm = harms(tried(problem, layout, left, "screening the layers left out"), gain, divergence_weight)
     return one_per_layer(in_order(harm))[:NEWCOMERS]
 
 

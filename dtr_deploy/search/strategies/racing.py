@@ -28,11 +28,13 @@ from dtr_deploy.search.strategies.race import OUT_OF_BOUNDS, TIED, Entry, Outcom
 from dtr_deploy.search.strategies.ranking import (
     DIVERGENCE_WEIGHT,
     Belief,
+    SwapCost,
     estimated,
     gains,
     harms,
     in_order,
     one_per_layer,
+    tried,
 )
 
 _SAME = 1e-9
@@ -85,32 +87,42 @@ class _Walk:
         candidates = sorted(problem.scorer.candidates)
         layers = len({candidate.layer for candidate in candidates})
         self.gain = gains(problem)
-        self.belief = self._first_belief(candidates)
+        costs, self.belief = self._first_belief(candidates)
         believed = self.belief.of(candidates)
         self.remaining = in_order(believed)
-        problem.record("rank", ranking=[[*candidate, believed[candidate]] for candidate in self.remaining])
+        problem.record(
+            "rank",
+            ranking=[[*candidate, believed[candidate]] for candidate in self.remaining],
+            swaps=[candidate._asdict() | costs[candidate].to_dict() for candidate in candidates],
+        )
         self.raced: set[Candidate] = set()
         self.lost: Counter[Candidate] = Counter()
         self.first_size = self.size = settings.step or max(1, math.ceil(layers / 10))
         self.suspects = self.failures = 0
         self.begun_at = problem.done
 
-    def _first_belief(self, candidates: Sequence[Candidate]) -> Belief:
+    def _first_belief(self, candidates: Sequence[Candidate]) -> tuple[dict[Candidate, SwapCost], Belief]:
         """By attribution where that works, else by trying every swap."""
         problem, start, weight = self.problem, self.problem.committed.layout, self.settings.divergence_weight
         priced = problem.scorer.parts > 1
         if problem.scorer.attributable:
             problem.foresee(1 + UNITS_PER_LAYER * problem.room)
-            belief = Belief({})
-            belief.harm, belief.price = estimated(problem, start, candidates, self.gain, weight, priced)
-            return belief
+            costs = estimated(problem, start, candidates, priced)
+            belief = Belief(harms(costs, self.gain, weight))
+            belief.price = {
+                candidate: cost.price / self.gain[candidate]
+                for candidate, cost in costs.items()
+                if cost.price is not None
+            }
+            return costs, belief
         problem.foresee((2 if priced else 1) * len(candidates) + UNITS_PER_LAYER * problem.room)
-        belief = Belief(harms(problem, start, candidates, self.gain, weight))
+        costs = tried(problem, start, candidates)
+        belief = Belief(harms(costs, self.gain, weight))
         if priced:
             entries = [self._entry([candidate]) for candidate in candidates]
             prices = first_prices(problem, start, entries, "scoring single swaps")
             belief.price = {entry.changes[0]: price for entry, price in prices.items()}
-        return belief
+        return costs, belief
 
     def go(self) -> None:
         """Race and commit until the objective is reached, nothing is left, or patience ends."""
@@ -236,7 +248,7 @@ class _Walk:
         if len(front) < 2 or problem.committed.replaced == 0:
             return
         start, message = problem.committed.layout, "ranking the next swaps again"
-        harm = harms(problem, start, front, self.gain, settings.divergence_weight, message)
+        harm = harms(tried(problem, start, front, message), self.gain, settings.divergence_weight)
         self.belief.harm |= harm
         self.remaining = self._ordered(self.remaining)
         problem.record("refresh", ranking=[[*candidate, harm[candidate]] for candidate in in_order(harm)])

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dtr_deploy.hybrid.layout import Layout, full
-from dtr_deploy.search.objective import LayoutScore
+from dtr_deploy.search.objective import LayoutScore, Screening
 from dtr_deploy.search.problem import Candidate, Problem, apply
 from dtr_deploy.search.statistics import margin_standard_error
 
@@ -24,49 +25,77 @@ SMALLEST_GAIN = 1e-3
 """Of a candidate that gains nothing, over the best one's: it comes last without dividing by zero."""
 
 
-def harms(
-    problem: Problem,
-    start: Layout,
-    candidates: Sequence[Candidate],
-    gain: Mapping[Candidate, float],
-    divergence_weight: float = DIVERGENCE_WEIGHT,
-    message: str = "screening single swaps",
-) -> dict[Candidate, float]:
-    """Harm (nats) of each candidate alone on top of `start`, over its gain."""
+@dataclass(frozen=True)
+class SwapCost:
+    """What a single swap costs. kl: nats a token of divergence from the teacher added; recall: nats of margin lost over
+    the recall tasks; margin: nats of the score's margin lost, with its standard error, where items of the score were
+    looked at."""
+
+    kl: float
+    recall: float
+    margin: float | None = None
+    margin_error: float = 0.0
+
+    @classmethod
+    def of(cls, before: Screening, after: Screening) -> SwapCost:
+        return cls(after.kl - before.kl, after.recall_lost(before))
+
+    def harm(self, divergence_weight: float) -> float:
+        """See `Screening.harm_beyond`."""
+        return divergence_weight * self.kl + self.recall
+
+    @property
+    def price(self) -> float | None:
+        """Margin lost; a loss below its standard error counts as one standard error."""
+        return None if self.margin is None else max(self.margin, self.margin_error)
+
+    def to_dict(self) -> dict[str, float | None]:
+        return {"kl": self.kl, "recall": self.recall, "margin": self.margin}
+
+
+def tried(
+    problem: Problem, start: Layout, candidates: Sequence[Candidate], message: str = "screening single swaps"
+) -> dict[Candidate, SwapCost]:
+    """Cost of each candidate alone on top of `start`, from a screening of each."""
     # Deepest layer first: a scorer keeps the hidden states of the layout it ran last, and this order shares most.
     order = sorted(candidates, reverse=True)
     before, *after = problem.screen_many([start, *(apply(start, [change]) for change in order)], message)
-    return {
-        change: screening.harm_beyond(before, divergence_weight) / gain[change]
-        for change, screening in zip(order, after, strict=True)
-    }
+    return {change: SwapCost.of(before, screening) for change, screening in zip(order, after, strict=True)}
 
 
 def estimated(
-    problem: Problem,
-    start: Layout,
-    candidates: Sequence[Candidate],
-    gain: Mapping[Candidate, float],
-    divergence_weight: float = DIVERGENCE_WEIGHT,
-    priced: bool = False,
-) -> tuple[dict[Candidate, float], dict[Candidate, float]]:
-    """`harms` by attribution, and (if `priced`) prices on the first part of the items, for about what three swaps cost
-    to try. Only of a scorer that is `attributable`."""
+    problem: Problem, start: Layout, candidates: Sequence[Candidate], priced: bool = False
+) -> dict[Candidate, SwapCost]:
+    """`tried` by attribution, and (if `priced`) with margins on the first part of the items, for about what three swaps
+    cost to try. Only of a scorer that is `attributable`."""
     layouts = [start, *(apply(start, [change]) for change in candidates)]
     before, *after = problem.attribute_many(start, layouts, priced, "estimating all swaps at once")
-    harm, prices = {}, {}
+    costs = {}
     for change, estimate in zip(candidates, after, strict=True):
-        harm[change] = estimate.screening.harm_beyond(before.screening, divergence_weight) / gain[change]
+        costs[change] = SwapCost.of(before.screening, estimate.screening)
         if before.score is not None and estimate.score is not None:
-            prices[change] = price(before.score, estimate.score, gain[change])
-    return harm, prices
+            costs[change] = with_margin(costs[change], before.score, estimate.score)
+    return costs
+
+
+def with_margin(cost: SwapCost, start: LayoutScore, score: LayoutScore) -> SwapCost:
+    """`cost` with the margin that a change of `start` loses."""
+    noise = margin_standard_error(start.tasks, score.tasks, score.weights)
+    return replace(cost, margin=start.margin - score.margin, margin_error=noise if math.isfinite(noise) else 0.0)
 
 
 def price(start: LayoutScore, score: LayoutScore, gain: float) -> float:
-    """Margin (nats) that a change of `start` loses, over its gain. A loss below its standard error counts as one
-    standard error."""
-    noise = margin_standard_error(start.tasks, score.tasks, score.weights)
-    return max(start.margin - score.margin, noise if noise < float("inf") else 0.0) / gain
+    """Margin (nats) that a change of `start` loses, over its gain. See `SwapCost.price`."""
+    found = with_margin(SwapCost(0.0, 0.0), start, score).price
+    assert found is not None
+    return found / gain
+
+
+def harms(
+    costs: Mapping[Candidate, SwapCost], gain: Mapping[Candidate, float], divergence_weight: float = DIVERGENCE_WEIGHT
+) -> dict[Candidate, float]:
+    """Harm (nats) of each candidate over its gain."""
+    return {candidate: cost.harm(divergence_weight) / gain[candidate] for candidate, cost in costs.items()}
 
 
 def gains(problem: Problem) -> dict[Candidate, float]:
