@@ -1,6 +1,7 @@
 """A run's folder, `runs/NAME/`: which stages are finished, which files they left, and that these are unchanged.
 
-Layout: `manifest.json` (this module's), `ledger.sqlite`, `distilled/`, `hybrid/`, `onnx/PRECISION/`, `report.json`.
+Layout: `manifest.json` (this module's), `ledger.sqlite`, `distilled/`, `hybrid/`, `onnx/PRECISION/`, `report.json` and
+`report.html`.
 
 A stage has a key: the hash of everything its result depends on. It is skipped when the manifest holds it under the same
 key and its artefacts have the recorded sha256; it runs again when the key changed or an artefact is gone; an artefact

@@ -184,6 +184,11 @@ def test_engine_computes_what_the_checkpoint_says(serve, tmp_path, family, preci
     ours = np.concatenate([rows for _, rows in results])
     same = np.concatenate([log_probabilities(rounded, tokens)[:-1] for tokens, _ in results])
     exact = np.concatenate([log_probabilities(model, tokens)[:-1] for tokens, _ in results])
+    if dtype == "bfloat16":
+        # Rounding to bfloat16 sends so many inputs to another integer that two right results differ nearly as much as
+        # either does from the exact one (KL .14 and .17 nats): only the whole effect of quantization can be compared.
+        assert 0 < mean_kl(exact, ours) < 1.3 * mean_kl(exact, same), (mean_kl(exact, ours), mean_kl(exact, same))
+        return
     # An input between two integers falls to either side, and these models have random weights that make much of it;
     # what quantization itself does is many times that.
     assert 0 < mean_kl(same, ours) < 0.15 * mean_kl(exact, ours), (mean_kl(same, ours), mean_kl(exact, ours))
