@@ -324,6 +324,15 @@ def doctor(debug: Debug = False) -> None:
         console.print("Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()))
 
 
+@app.command(short_help="The JSON Schema of recipes, for editors.")
+def schema(debug: Debug = False) -> None:
+    """The JSON Schema of recipes, for editors that complete and check while one writes."""
+    with _one_line_errors(debug):
+        from dtr_deploy.recipe_schema import json_schema
+
+        typer.echo(json.dumps(json_schema(), indent=1))
+
+
 # --- what commands share
 
 

@@ -39,26 +39,48 @@ from dtr_deploy.tasks.build import OPTIONS, kind_of, unknown_options
 
 
 class Recipe(Section):
-    """A whole recipe. Read it with `load_recipe`."""
+    """What to build: a model, what it is to be good at, and where it is to be served."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    """Of the run; its folder is runs/NAME."""
     model: Annotated[str, Field(min_length=1)]
+    """The backbone: a Hugging Face id, a local folder, a .gguf file, or package:NAME."""
     revision: str | None = None
+    """Of a Hugging Face id."""
     trust_remote_code: bool = False
+    """Whether code from the model's repository may run while loading."""
     seed: Annotated[int, Field(ge=0)] = 0
-    corpus: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(read_list)]
+    """Of everything random."""
+    corpus: Annotated[
+        tuple[str, ...],
+        Field(min_length=1),
+        BeforeValidator(read_list, json_schema_input_type=str | tuple[str, ...]),
+    ]
+    """What the twins train on: files, folders, hub data sets owner/name[:config[:split]], pydoc, recall."""
     forms: Annotated[
-        tuple[Annotated[str, AfterValidator(check_entry)], ...], Field(min_length=1), BeforeValidator(read_list)
+        tuple[Annotated[str, AfterValidator(check_entry)], ...],
+        Field(min_length=1),
+        BeforeValidator(read_list, json_schema_input_type=str | tuple[str, ...]),
     ] = ("gated_deltanet",)
+    """Linear mixers to distil: gated_deltanet, gla, jet, hedgehog, each also as FORM@WINDOW. The search mixes them."""
     window: Annotated[int, Field(ge=0, le=LARGEST_WINDOW)] = 64
+    """Tokens of the softmax branch beside the linear one; 0 for none."""
     distill: Distill = Distill()
+    """Stage 1: twins."""
     heal: Heal = Heal()
+    """Twins trained together."""
     tasks: Annotated[tuple[TaskRecipe, ...], Field(min_length=1)]
+    """The score: the weighted mean of these."""
     target: Target
+    """What has to get faster."""
     search: Search = Search()
+    """Stage 2: the layout."""
     export: Export = Export(vllm=VllmExport(), onnx=OnnxExport())
+    """What is written for which engine."""
     parity: Parity = Parity()
+    """The gate."""
     bench: Bench = Bench()
+    """The table at the end."""
 
     _source: Path = PrivateAttr(default=Path("recipe"))
     _lines: YamlLines | None = PrivateAttr(default=None)

@@ -1,6 +1,6 @@
 """The sections of a recipe: every key with its default, and what is accepted. `recipe.py` puts them together.
 
-docs/recipe.md explains the keys to a person.
+What stands under a key is what `dtr-deploy schema` and docs/recipe-reference.md say of it; docs/recipe.md explains.
 """
 
 from __future__ import annotations
@@ -26,19 +26,23 @@ ENGINE_PRECISIONS: dict[str, tuple[str, ...]] = {
     "vllm": ("fp32", "bf16", "fp16"),
 }
 
+Precision = Literal["auto", "float32", "bfloat16"]
+OnnxPrecision = Literal["fp32", "fp16", "int8", "int4"]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Layers(Section):
     """Which layers may be replaced: `all`, a list of indices, or `{exclude: [indices]}`; negative ones from the end."""
 
     only: tuple[int, ...] | None = None
+    """These alone."""
     exclude: tuple[int, ...] = ()
+    """All but these."""
 
     def indices(self, num_layers: int) -> list[int]:
         """The chosen layers of a model with `num_layers`, ascending. Indices must exist: see `Recipe.check_layers`."""
@@ -58,83 +62,107 @@ def _read_layers(value: object) -> object:
 
 
 class Distill(Section):
-    """Stage 1. `tokens` counts corpus tokens; every chosen layer and form trains on all of them.
-
-    learning_rate is that of the inherited projections, form_learning_rate that of a form's own parameters. held_out:
-    sequences that no twin trains on; errors, screening and parity prompts come from them. precision: of the large
-    products, `auto` is bfloat16 where the processor multiplies it natively.
-    """
+    """Stage 1: twins of all chosen layers and forms, trained side by side from one pass of the teacher."""
 
     tokens: Positive = 100_000
+    """Corpus tokens; every twin trains on all of them."""
     sequence_length: Annotated[int, Field(ge=16)] = 512
+    """Tokens of a training sequence."""
     batch_size: Positive = 1
+    """Sequences a step."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Of the inherited projections."""
     form_learning_rate: Annotated[float, Field(gt=0)] = 2e-2
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of a form's own parameters."""
+    precision: Precision = "auto"
+    """Of the large products: `auto` is bfloat16 where the processor multiplies it natively."""
     held_out: Positive = 24
-    layers: Annotated[Layers, BeforeValidator(_read_layers)] = Layers()
+    """Sequences that no twin trains on; errors, screening and parity prompts come from them."""
+    layers: Annotated[
+        Layers, BeforeValidator(_read_layers, json_schema_input_type=Literal["all"] | tuple[int, ...] | Layers)
+    ] = Layers()
+    """Layers that may be replaced: `all`, a list of indices, or `{exclude: [indices]}`; negative ones count from the
+    end."""
 
 
 class Heal(Section):
-    """After stage 1: twins trained together, end to end, in hybrids of many layers drawn at random. `tokens` of the
-    same corpus, 0 for none; learning_rate is that of W_v and W_o, form_learning_rate that of a form's own parameters.
-    """
+    """After stage 1: twins trained together, end to end, in hybrids of many layers drawn at random."""
 
     tokens: Annotated[int, Field(ge=0)] = 0
+    """Tokens of the same corpus; 0 for none."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    """Of W_v and W_o."""
     form_learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    """Of a form's own parameters."""
 
 
 class TaskRecipe(Section):
-    """One part of the score. Exactly one of `file`, `synthetic` and `lm_eval` says what it is.
-
-    file: a folder with train.jsonl, validation.jsonl and test.jsonl (`text`, `label`), or one .jsonl file; with
-    `lengths`, after as many examples as a prompt of each length holds. synthetic: `needle`, `multi_key` (one of `keys`
-    needles is asked for) or `variable_tracking` (through `hops` assignments, among `keys` chains), at each of `lengths`
-    prompt tokens; filler: a text to hide them in. lm_eval: the name of a task of lm-evaluation-harness. items: examples
-    scored in each split; confirm_items: of synthetic tasks on the confirm and test splits, which are scored a few times
-    only, so that more of them cost little. What is left out is the task's own default.
-    """
+    """One part of the score. Exactly one of `file`, `synthetic` and `lm_eval` says what it is. What is left out is the
+    task's own default."""
 
     name: str
+    """In tables and reports; another for each task."""
     file: str | None = None
+    """A folder with train.jsonl, validation.jsonl and test.jsonl (`text`, `label`), or one .jsonl file; with `lengths`,
+    after as many examples as a prompt of each length holds."""
     synthetic: Literal["needle", "multi_key", "variable_tracking"] | None = None
+    """Something to find in a long text: a number, one of several (`multi_key`), or through assignments
+    (`variable_tracking`)."""
     lm_eval: str | None = None
+    """A task of lm-evaluation-harness, or the path of its YAML."""
     shots: Annotated[int, Field(ge=0)] | None = None
+    """Examples before each question."""
     metric: str | None = None
+    """What counts as right: of a file `accuracy`, `calibrated_accuracy` or `exact_match`; of an lm-eval task one of its
+    own."""
     lengths: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
+    """Prompt tokens."""
     keys: Annotated[int, Field(ge=2)] | None = None
+    """Of `multi_key`: words with a number each; of `variable_tracking`: chains."""
     hops: Positive | None = None
+    """Of `variable_tracking`: assignments in a chain."""
     filler: str | None = None
+    """Of synthetic tasks: a text to hide things in, instead of five sentences over and over."""
     items: Positive | None = None
+    """Examples scored in each split, of synthetic and many-shot tasks at each length."""
     confirm_items: Positive | None = None
+    """Of synthetic tasks: `items` of the confirm and test splits, which are scored a few times only."""
     weight: Annotated[float, Field(gt=0)] = 1.0
+    """In the mean of all tasks."""
 
 
 class WorkloadRecipe(Section):
+    """What is served."""
+
     prompt: Positive
+    """Prompt tokens of a request."""
     output: Positive
+    """Output tokens of a request."""
     concurrency: Positive = 1
+    """Requests at once."""
 
 
 TARGET_BOUNDS = ("speedup", "ttft_ms", "tpot_ms", "cache_mib")
 
 
 class Target(Section):
-    """What has to be reached on this engine and workload, any of: `speedup` times the backbone's end-to-end tokens per
-    second; at most `ttft_ms` milliseconds until the first token and `tpot_ms` for each further one; at most `cache_mib`
-    MiB of keys, values and states for all requests at once.
-
-    Without any there is no bound to reach: the search gets what `search.max_score_loss` lets it have.
-    """
+    """Where the hybrid is to be served, and what has to be reached there, together or alone. Without a bound there is
+    nothing to reach: the search takes what `search.max_score_loss` lets it have."""
 
     engine: EngineName = "ort"
+    """ONNX Runtime or vLLM."""
     precision: PrecisionName = "int4"
+    """`fp32`, `fp16`, `int8`, `int4` on ort; `fp32`, `bf16`, `fp16` on vllm; among the exports."""
     workload: WorkloadRecipe
+    """What is timed."""
     speedup: Annotated[float, Field(gt=0)] | None = None
+    """At least so many times the backbone's end-to-end tokens per second."""
     ttft_ms: Annotated[float, Field(gt=0)] | None = None
+    """At most so many milliseconds until the first output token."""
     tpot_ms: Annotated[float, Field(gt=0)] | None = None
+    """At most so many milliseconds for each further token of a request."""
     cache_mib: Annotated[float, Field(gt=0)] | None = None
+    """At most so many MiB of keys, values and states for all requests at their longest."""
 
     @property
     def reached_by(self) -> tuple[str, ...]:
@@ -143,41 +171,47 @@ class Target(Section):
 
 
 class Screen(Section):
-    """What ranks single swaps: divergence from the teacher on held-out sequences, and a short recall test.
-
-    Both at once, because perplexity does not see lost recall. recall: its tasks, `needle` and `multi_key`, since a
-    single needle is found by its oddness alone; recall_items of each at recall_length prompt tokens; 0 turns recall
-    off.
-    """
+    """What ranks single swaps: divergence from the teacher on held-out sequences, and a short recall test; both,
+    because perplexity does not see lost recall."""
 
     sequences: Positive = 8
+    """Held-out sequences for the divergence."""
     recall: Annotated[tuple[Literal["needle", "multi_key"], ...], Field(min_length=1)] = ("needle", "multi_key")
+    """Recall tasks; a single needle is found by its oddness alone."""
     recall_items: Annotated[int, Field(ge=0)] = 6
+    """Prompts of each recall task; 0 turns recall off."""
     recall_length: Annotated[int, Field(ge=128)] = 1024
+    """Their tokens."""
 
 
 class Search(Section):
-    """Stage 2. Losses are absolute, in units of the score (0.02 = two points), on the search and on the confirm split.
-
-    goal: `throughput` replaces while losses stay within bounds and it pays; `score` replaces no more than the target
-    takes; `frontier` replaces as long as there is a candidate and chooses among all layouts seen. max_task_loss bounds
-    every task alone, so that one task's gain cannot pay for another's collapse. bound: what has to be within these, the
-    `estimate` of a loss or its `upper` confidence bound. precision: of the large products
-    while layouts are scored, `auto` is bfloat16 where the processor multiplies it natively.
-    """
+    """Stage 2: which layers to replace."""
 
     strategy: Literal["racing", "exhaustive", "one_shot", "uniform", "random"] = "racing"
+    """`exhaustive` is the paper's greedy; the last three are baselines."""
     goal: Literal["throughput", "score", "frontier"] = "throughput"
+    """`throughput` replaces while losses stay within bounds and it pays; `score` replaces no more than the target
+    takes; `frontier` replaces as long as there is a candidate and chooses among all layouts seen."""
     max_score_loss: Fraction = 0.02
+    """Absolute, in units of the score (0.02 is two points), on the search and on the confirm split."""
     max_task_loss: Fraction | None = None
+    """The same for every task alone, so that one task's gain cannot pay for another's collapse."""
     bound: Literal["estimate", "upper"] = "estimate"
+    """What has to be within these bounds: the estimate of a loss, or its upper confidence bound."""
     max_replaced: Positive | None = None
+    """Layers."""
     max_trials: Positive | None = None
+    """When to stop looking: layouts screened, estimated, or scored on one part of the items."""
     minutes: Annotated[float, Field(gt=0)] | None = None
+    """When to stop looking; resumed searches count what they spent before."""
     repeats: Positive = 3
+    """Timings of each layout, in rounds with the backbone; up to three times as many until so many agree within 3%."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the intervals."""
+    precision: Precision = "auto"
+    """Of the large products while layouts are scored, as in `distill`."""
     screen: Screen = Screen()
+    """What ranks single swaps."""
 
 
 def check_entry(entry: str) -> str:
@@ -196,7 +230,10 @@ def check_entry(entry: str) -> str:
 
 
 class VllmExport(Section):
+    """For vLLM, which serves the checkpoint as it is."""
+
     dtype: VllmDtype = "bfloat16"
+    """What it is served in."""
 
 
 def read_list(value: object) -> object:
@@ -204,30 +241,41 @@ def read_list(value: object) -> object:
 
 
 class OnnxExport(Section):
-    precision: Annotated[tuple[Literal["fp32", "fp16", "int8", "int4"], ...], BeforeValidator(read_list)] = (
-        "fp32",
-        "int4",
-    )
+    """For ONNX Runtime and onnxruntime-genai."""
+
+    precision: Annotated[
+        tuple[OnnxPrecision, ...],
+        BeforeValidator(read_list, json_schema_input_type=OnnxPrecision | tuple[OnnxPrecision, ...]),
+    ] = ("fp32", "int4")
+    """A folder for each."""
 
 
 class Export(Section):
     """The checkpoint is always written. A section left out, or null, is an engine that is not served."""
 
     vllm: VllmExport | None = None
+    """vLLM."""
     onnx: OnnxExport | None = None
+    """ONNX Runtime."""
 
 
 class Parity(Section):
-    """The gate: how many prompts, the longest one, and the budget of all prompts together, in tokens."""
+    """The gate: every program computes what was trained."""
 
     prompts: Positive = 64
+    """How many."""
     max_length: Annotated[int, Field(ge=2)] = 8000
+    """Tokens of the longest."""
     tokens: Positive = 48_000
+    """Of all prompts together."""
 
 
 class Bench(Section):
-    """The throughput table at the end: prefill and decode at each of `prompts`, besides the target's workload."""
+    """The throughput table at the end, which always has the target's workload too."""
 
     prompts: tuple[Positive, ...] = (512, 4096, 8000)
+    """Prompt tokens."""
     output: Annotated[int, Field(ge=2)] = 32
+    """Output tokens."""
     repeats: Positive = 3
+    """Timings of each."""
