@@ -102,6 +102,43 @@ def _options(
 # --- building
 
 
+@app.command(short_help="Write a commented recipe to begin from.")
+def init(
+    file: Annotated[Path, typer.Argument(help="The recipe to write, for example my.yaml.", show_default=False)],
+    model: Annotated[str, typer.Option(help="A Hugging Face id, a local folder, a .gguf file, or package:NAME.")],
+    task: Annotated[
+        list[str],
+        typer.Option(help="A folder or .jsonl file of labelled rows, an lm-eval task, or needle; may be repeated."),
+    ],
+    corpus: Annotated[
+        list[str] | None, typer.Option(help="Text to train on, may be repeated; pydoc and recall if left out.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="ort or vllm.")] = "ort",
+    prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens of a request.")] = 4096,
+    output: Annotated[int, typer.Option(min=2, help="Output tokens of a request.")] = 128,
+    speedup: Annotated[float, typer.Option(min=0.1, help="Times the throughput of the model as it is.")] = 1.2,
+    debug: Debug = False,
+) -> None:
+    """Write a commented recipe to begin from, for a model, a task and where it is to be served."""
+    with _one_line_errors(debug):
+        from dtr_deploy.recipe import load_recipe
+        from dtr_deploy.recipe_template import template
+        from dtr_deploy.run_dir import write_atomically
+
+        if file.exists():
+            raise UsageError(f"{file}: exists already; name another file, or remove it")
+        if not file.parent.is_dir():
+            raise UsageError(f"{file}: there is no folder {file.parent}")
+        text = template(file, model, task, corpus or ["pydoc", "recall"], engine, prompt, output, speedup)
+        write_atomically(file, text.encode())
+        try:
+            load_recipe(file)
+        except DtrError:
+            file.unlink()
+            raise
+        typer.echo(f"wrote {file}; next: dtr-deploy plan --recipe {file}")
+
+
 @app.command(epilog=EXIT_CODES, short_help="Build a recipe, from distillation to the report.")
 def build(recipe: RecipeFile, runs: RunsFolder = Path("runs"), debug: Debug = False) -> None:
     """Build a recipe: distil, search, export, prove parity, measure, report. Goes on where an earlier build stopped."""
