@@ -2,6 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RECIPE ?= recipes/quickstart.yaml
 BENCHMARK ?= --direction forward
+# Tests run in so many processes, of one thread and up to 5 GB each: tiny models gain nothing from threads.
+TEST_WORKERS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
@@ -39,7 +41,7 @@ types: install
 	@$(BIN)/mypy
 
 unit: install
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -q
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q -rs -n $(TEST_WORKERS) --dist loadfile
 
 benchmark: install
 	@$(BIN)/python -m benchmarks.operator $(BENCHMARK)
