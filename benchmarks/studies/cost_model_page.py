@@ -66,6 +66,7 @@ def _row(study: EngineStudy, name: str, found: Comparison) -> dict[str, Any]:
         "predicted": predicted,
         "measured": measured,
         "error": {part: predicted[part] / measured[part] - 1 for part in predicted},
+        "standard_error": dict(found.errors),
         "first_token_seconds": {"predicted": ahead.first_token_seconds, "measured": found.hybrid.prefill_seconds},
         "cache_bytes": ahead.cache_bytes,
     }
@@ -116,10 +117,19 @@ def _table(engine: dict[str, Any]) -> str:
     lines = [header, ["---"] * len(header)]
     for row in engine["rows"]:
         layers = ", ".join(f"{entry} {count}" for entry, count in row["counts"].items())
-        cells = [f"{row['predicted'][p]:.3f} / {row['measured'][p]:.3f} ({row['error'][p]:+.1%})" for p in parts]
+        cells = [_cell(row, part) for part in parts]
         lines.append([row["name"], layers, *cells])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"Tokens per second over the backbone's, predicted / measured (error):\n\n{table}"
+    return (
+        "Tokens per second over the backbone's: predicted / measured ± relative standard error of the measurement (error "
+        f"of the prediction):\n\n{table}"
+    )
+
+
+def _cell(row: dict[str, Any], part: str) -> str:
+    noise = row["standard_error"].get(part)
+    measured = f"{row['measured'][part]:.3f}" + ("" if noise is None else f" ± {noise:.1%}")
+    return f"{row['predicted'][part]:.3f} / {measured} ({row['error'][part]:+.1%})"
 
 
 def _verdict(engine: dict[str, Any]) -> str:

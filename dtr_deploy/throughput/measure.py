@@ -7,10 +7,12 @@ machine drifts by more than one replaced layer is worth, and a ratio taken withi
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import Any
 
 from dtr_deploy.engines.base import Engine, Throughput, Workload
@@ -36,7 +38,8 @@ class Comparison:
     """One layout beside the backbone. Medians of each, and medians of the ratios taken within a round.
 
     prefill_ratio, decode_ratio: hybrid's seconds over the backbone's. speedup: hybrid's end-to-end tokens per second
-    over the backbone's.
+    over the backbone's. errors: of "prefill", "decode" and "speedup", the standard error of the median, relative; {} of
+    a single round.
     """
 
     layout: Layout
@@ -45,6 +48,7 @@ class Comparison:
     prefill_ratio: float
     decode_ratio: float
     speedup: float
+    errors: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -54,6 +58,7 @@ class Comparison:
             "prefill_ratio": self.prefill_ratio,
             "decode_ratio": self.decode_ratio,
             "speedup": self.speedup,
+            "errors": dict(self.errors),
         }
 
     @classmethod
@@ -65,6 +70,7 @@ class Comparison:
             data["prefill_ratio"],
             data["decode_ratio"],
             data["speedup"],
+            data.get("errors", {}),
         )
 
 
@@ -177,14 +183,26 @@ def _agreeing(base_runs: Sequence[Throughput], hybrid_runs: Sequence[Throughput]
 def _compare(layout: Layout, base_runs: Sequence[Throughput], hybrid_runs: Sequence[Throughput]) -> Comparison:
     pairs = list(zip(base_runs, hybrid_runs, strict=True))
     has_decode = all(base.decode_seconds > 0 for base, _ in pairs)  # a workload of one output token has none
+    ratios = {
+        "prefill": [hybrid.prefill_seconds / base.prefill_seconds for base, hybrid in pairs],
+        "decode": [hybrid.decode_seconds / base.decode_seconds if has_decode else 1.0 for base, hybrid in pairs],
+        "speedup": [base.end_to_end_seconds / hybrid.end_to_end_seconds for base, hybrid in pairs],
+    }
     return Comparison(
         layout,
         _medians(base_runs),
         _medians(hybrid_runs),
-        statistics.median(hybrid.prefill_seconds / base.prefill_seconds for base, hybrid in pairs),
-        statistics.median(hybrid.decode_seconds / base.decode_seconds for base, hybrid in pairs) if has_decode else 1.0,
-        statistics.median(base.end_to_end_seconds / hybrid.end_to_end_seconds for base, hybrid in pairs),
+        *(statistics.median(values) for values in ratios.values()),
+        {part: _median_error(values) for part, values in ratios.items()} if len(pairs) > 1 else {},
     )
+
+
+def _median_error(values: Sequence[float]) -> float:
+    """Relative standard error of the median of `values`, for noise that is normal but for outliers: from the median
+    absolute deviation, so that one disturbed round does not count for all."""
+    median = statistics.median(values)
+    deviation = statistics.median(abs(value - median) for value in values) / NormalDist().inv_cdf(0.75)
+    return math.sqrt(math.pi / 2) * deviation / math.sqrt(len(values)) / median
 
 
 def _medians(runs: Sequence[Throughput]) -> Throughput:

@@ -1,12 +1,13 @@
 """Measurements alternate with the backbone and are remembered."""
 
+import numpy as np
 import pytest
 
 from dtr_deploy.engines.base import Engine, Workload
 from dtr_deploy.hybrid.layout import full, replaced
 from dtr_deploy.search.ledger import Ledger
 from dtr_deploy.throughput.cost_model import layout_of_counts
-from dtr_deploy.throughput.measure import Comparison, ThroughputMeter, compare_with_base
+from dtr_deploy.throughput.measure import Comparison, ThroughputMeter, _median_error, compare_with_base
 from tests.throughput.fake import FakeServer
 
 LAYERS = 12
@@ -68,6 +69,22 @@ def test_rounds_that_never_agree_end():
     server = FakeServer(additive, drift=1.0)
     (comparison,) = compare_with_base(server, [gla(8)], WORKLOAD, repeats=2)
     assert comparison.base.repeats == 6
+
+
+def test_the_error_of_a_median_is_what_repeating_it_shows():
+    rng = np.random.default_rng(0)
+    rounds = 1.2 * (1 + 0.03 * rng.standard_normal((4000, 9)))
+    seen = np.median(rounds, axis=1).std() / 1.2
+    assert np.mean([_median_error(row) for row in rounds.tolist()]) == pytest.approx(seen, rel=0.15)
+    disturbed = [*rounds[0, :8].tolist(), 5.0]
+    assert _median_error(disturbed) < 2 * _median_error(rounds[0].tolist())
+
+
+def test_a_single_round_has_no_error():
+    server = FakeServer(additive)
+    (once,) = compare_with_base(server, [gla(8)], WORKLOAD, repeats=1)
+    (thrice,) = compare_with_base(server, [gla(8)], WORKLOAD, repeats=3)
+    assert once.errors == {} and thrice.errors == pytest.approx({"prefill": 0, "decode": 0, "speedup": 0})
 
 
 def test_a_workload_of_one_output_token_has_no_decode():
