@@ -338,6 +338,7 @@ class Build:
         from dtr_deploy.hybrid.layout import windows
         from dtr_deploy.parity.prompts import parity_prompts
         from dtr_deploy.parity.prove import PROMPTS, prove
+        from dtr_deploy.parity.rungs import served_precisions
 
         recipe, wanted = self.recipe, self.recipe.parity
         prompts = parity_prompts(
@@ -348,7 +349,8 @@ class Build:
             windows(recipe.forms, recipe.window),
             recipe.seed,
         )
-        key = stage_key("parity", __version__, self._shipped_keys(), prompts, recipe.export.model_dump(), versions())
+        served = served_precisions(recipe)
+        key = stage_key("parity", __version__, self._shipped_keys(), prompts, served, versions())
 
         def work(folder: Path) -> tuple[list[Path], dict[str, Any]]:
             write_atomically(self.run.path / PROMPTS, json.dumps(prompts).encode())

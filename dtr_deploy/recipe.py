@@ -218,7 +218,8 @@ def _check(recipe: Recipe) -> Iterator[Finding]:
         yield Finding(("target", "tpot_ms"), "a workload of one output token has no time per further token")
     engine, precision = recipe.target.engine, recipe.target.precision
     exported: dict[str, set[str]] = {
-        "vllm": {VLLM_PRECISION[recipe.export.vllm.dtype]} if recipe.export.vllm else set(),
+        # Of `auto` nobody knows yet what it will be: a target on vLLM needs a dtype that is named.
+        "vllm": {VLLM_PRECISION.get(recipe.export.vllm.dtype, "")} if recipe.export.vllm else set(),
         "ort": set(recipe.export.onnx.precision) if recipe.export.onnx else set(),
     }
     if precision not in ENGINE_PRECISIONS[engine]:

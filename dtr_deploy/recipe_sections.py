@@ -16,7 +16,7 @@ from dtr_deploy.hybrid.layout import LARGEST_WINDOW, parse_entry
 FormName = Literal["gated_deltanet", "gla", "jet", "hedgehog"]
 EngineName = Literal["ort", "vllm"]
 PrecisionName = Literal["fp32", "bf16", "fp16", "int8", "int4"]
-VllmDtype = Literal["float32", "bfloat16", "float16"]
+VllmDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 VLLM_PRECISION: dict[str, str] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 """vLLM's dtype names -> the precision names used in recipes, tables and reports."""
@@ -233,7 +233,7 @@ class VllmExport(Section):
     """For vLLM, which serves the checkpoint as it is."""
 
     dtype: VllmDtype = "bfloat16"
-    """What it is served in."""
+    """What it is served in; `auto` is bfloat16 where the machine of the build multiplies it natively, else float32."""
 
 
 def read_list(value: object) -> object:

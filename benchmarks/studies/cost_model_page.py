@@ -121,8 +121,8 @@ def _table(engine: dict[str, Any]) -> str:
         lines.append([row["name"], layers, *cells])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return (
-        "Tokens per second over the backbone's: predicted / measured ± relative standard error of the measurement (error "
-        f"of the prediction):\n\n{table}"
+        "Tokens per second over the backbone's: predicted / measured ± relative standard error of the measurement "
+        f"(error of the prediction):\n\n{table}"
     )
 
 

@@ -6,8 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from dtr_deploy.engines.torch import TorchEngine
 from dtr_deploy.hybrid.layout import replaced
+from dtr_deploy.hybrid.precision import products_dtype
 from dtr_deploy.parity.ladder import EXACT_PRECISIONS, Rung
 from dtr_deploy.recipe import Recipe
 from dtr_deploy.recipe_sections import VLLM_PRECISION
@@ -27,11 +30,19 @@ def served_precisions(recipe: Recipe) -> list[tuple[str, str]]:
     """
     served: list[tuple[str, str]] = []
     if recipe.export.vllm is not None:
-        precisions = dict.fromkeys(("fp32", VLLM_PRECISION[recipe.export.vllm.dtype]))
+        precisions = dict.fromkeys(("fp32", vllm_precision(recipe.export.vllm.dtype)))
         served += [("vllm", precision) for precision in precisions]
     if recipe.export.onnx is not None:
         served += [("ort", precision) for precision in dict.fromkeys(recipe.export.onnx.precision)]
     return sorted(served, key=lambda pair: (pair[0], pair[1] not in EXACT_PRECISIONS))
+
+
+def vllm_precision(dtype: str) -> str:
+    """The precision's name of a recipe's `export.vllm.dtype`, on this machine."""
+    if dtype != "auto":
+        return VLLM_PRECISION[dtype]
+    chosen = products_dtype("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    return VLLM_PRECISION[str(chosen).removeprefix("torch.")]
 
 
 def base_precisions(recipe: Recipe) -> list[tuple[str, str]]:

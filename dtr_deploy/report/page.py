@@ -168,8 +168,8 @@ def _path_words(report: Report) -> str:
     taken = [] if search is None else [step for step in search.steps if step["action"] == "commit"]
     back = 0 if search is None else search.walked_back
     return (
-        f"Layouts in the order they were decided on: {len(taken)} steps committed, {back} layouts walked back because "
-        "they failed on the confirm split."
+        f"Layouts in the order they were decided on. Steps committed: {len(taken)}. Layouts walked back because they "
+        f"failed on the confirm split: {back}."
     )
 
 
@@ -184,7 +184,7 @@ def _speed_words(report: Report) -> str:
 
 def _parity_words(report: Report) -> str:
     failed = [row for row in report.parity if not row.passed]
-    verdict = "All programs pass." if not failed else f"{len(failed)} of {len(report.parity)} fail."
+    verdict = "All programs pass." if not failed else f"Failed: {len(failed)} of {len(report.parity)}."
     return f"Every program is held to the Hugging Face hybrid in float32 on the same tokens. {verdict}"
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from dtr_deploy.benchmark import median, workloads_of
@@ -37,6 +38,17 @@ def test_what_is_served_and_compared(tmp_path: Path) -> None:
     only_fp32 = load_recipe(write_recipe(tmp_path, "export: {vllm: {dtype: bfloat16}, onnx: {precision: [fp32, int4]}}",
                                          "export: {onnx: {precision: int4}}"))  # fmt: skip
     assert served_precisions(only_fp32) == [("ort", "int4")]
+
+
+@pytest.mark.parametrize(("native", "served"), [(True, ["fp32", "bf16"]), (False, ["fp32"])])
+def test_auto_is_what_the_processor_multiplies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: bool, served: list[str]
+) -> None:
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: native)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    recipe = load_recipe(write_recipe(tmp_path, "dtype: bfloat16", "dtype: auto"))
+    assert [precision for engine, precision in served_precisions(recipe) if engine == "vllm"] == served
 
 
 def test_more_work_costs_more(tmp_path: Path) -> None:

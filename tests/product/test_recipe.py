@@ -64,6 +64,7 @@ BAD = [
     ("strategy: racing", "goal: score", None, []),
     ("strategy: racing", "strategy: greedy", 11, ["search.strategy", "'racing'"]),
     ("max_score_loss: 0.02", "max_score_loss: 2", 11, ["search.max_score_loss", "less than or equal to 1"]),
+    ("dtype: bfloat16", "dtype: auto", None, []),
     ("dtype: bfloat16", "dtype: bf16", 12, ["export.vllm.dtype", "'bfloat16'"]),
     ("[fp32, int4]", "[fp32, int3]", 12, ["export.onnx.precision[1]", "'int4'"]),
     ("parity: {prompts: 64}", "parity: 64", 13, ["parity", "a mapping (key: value)"]),
@@ -91,6 +92,13 @@ def test_these_are_fine(tmp_path: Path, old: str, new: str) -> None:
 def test_a_missing_key_names_the_section(tmp_path: Path) -> None:
     file = write_recipe(tmp_path, "workload: {prompt: 4096, output: 512, concurrency: 1}, ", "")
     assert error_of(file) == f"{file}:10: target.workload: is missing"
+
+
+def test_a_target_on_vllm_names_its_dtype(tmp_path: Path) -> None:
+    file = write_recipe(tmp_path, "engine: ort, precision: int4", "engine: vllm, precision: bf16")
+    load_recipe(file)
+    file.write_text(file.read_text().replace("dtype: bfloat16", "dtype: auto"))
+    assert error_of(file).startswith(f"{file}:10: target.precision: bf16 on vllm is the target, but export.vllm")
 
 
 def test_the_goal_score_needs_a_speedup(tmp_path: Path) -> None:
