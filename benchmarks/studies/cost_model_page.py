@@ -14,6 +14,7 @@ from dtr_deploy.engines.base import Workload
 from dtr_deploy.hybrid.layout import counts
 from dtr_deploy.progress import seconds_text
 from dtr_deploy.run_dir import write_atomically
+from dtr_deploy.throughput.measure import AGREEMENT, PATIENCE
 
 if TYPE_CHECKING:
     from benchmarks.studies.cost_model import EngineStudy
@@ -81,8 +82,8 @@ def _page(summary: dict[str, Any], workload: str) -> str:
         "`python -m benchmarks.studies.cost_model --out FOLDER`",
         "\n".join(machine),
         f"Backbone: {settings['model']}, start weights. Workload: {workload}. Every layout and the backbone were open "
-        f"at once and timed in turns, {settings['repeats']} rounds; a figure is the median of the ratios taken "
-        "within a round. ONNX Runtime (onnxruntime-genai) computes with all cores, vLLM with all but one. The cost "
+        f"at once and timed in turns, in rounds until {settings['repeats']} agreed within {AGREEMENT:.0%}, "
+        f"{PATIENCE * settings['repeats']} at most; a figure is the median of the ratios taken within a round. ONNX Runtime (onnxruntime-genai) computes with all cores, vLLM with all but one. The cost "
         "model saw the layouts of its calibration only; the ones in the tables were measured afterwards.",
     ]
     for engine in summary["engines"]:
