@@ -84,7 +84,8 @@ def _page(summary: dict[str, Any], workload: str) -> str:
         f"Backbone: {settings['model']}, start weights. Workload: {workload}. Every layout and the backbone were open "
         f"at once and timed in turns, in rounds until {settings['repeats']} agreed within {AGREEMENT:.0%}, "
         f"{PATIENCE * settings['repeats']} at most; a figure is the median of the ratios taken within a round. ONNX "
-        "Runtime (onnxruntime-genai) computes with all cores, vLLM with all but one. The cost model saw the layouts of its calibration only; the ones in the tables were measured afterwards.",
+        "Runtime (onnxruntime-genai) computes with all cores, vLLM with all but one. The cost model saw the "
+        "layouts of its calibration only; the ones in the tables were measured afterwards.",
     ]
     for engine in summary["engines"]:
         parts += [

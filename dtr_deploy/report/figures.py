@@ -63,7 +63,7 @@ def frontier(report: Report) -> go.Figure | None:
 def layers(report: Report) -> go.Figure | None:
     """Layer by layer: its form, the twins' errors, and what its swap alone costs in divergence and recall."""
     found = report.search.swaps if report.search else []
-    rows: list[tuple[str, list[tuple[str, Sequence[int], Sequence[float]]]]] = []
+    rows: list[tuple[str, list[tuple[str, list[int], list[float]]]]] = []
     if report.distill:
         rows.append(("relative error", _by_form((row.form, row.layer, row.relative_error) for row in report.distill)))
     if found:

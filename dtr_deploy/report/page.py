@@ -147,6 +147,11 @@ def _frontier_words(report: Report) -> str:
     )
 
 
+def _frontier_tables(report: Report) -> list[Table]:
+    visits = report.search.frontier if report.search else []
+    return [tables.frontier_table(visits)] if visits else []
+
+
 def _confidence(report: Report) -> float:
     """Confidence of the report's intervals."""
     return next((row.confidence for row in report.scores.values()), 0.95)
@@ -251,7 +256,7 @@ SECTIONS = (
     ),
     Section(
         "frontier", "Score against speed", _frontier_words, figures.frontier,
-        lambda report: [tables.frontier_table(report.search.frontier)] if figures.frontier(report) else [],
+        _frontier_tables,
     ),
     Section("layers", "Layers", _layers_words, figures.layers, lambda report: [tables.layers_table(report)]),
     Section("path", "The search as a path", _path_words, figures.path, lambda report: tables.path_tables(report)),

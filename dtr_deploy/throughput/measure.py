@@ -192,7 +192,9 @@ def _compare(layout: Layout, base_runs: Sequence[Throughput], hybrid_runs: Seque
         layout,
         _medians(base_runs),
         _medians(hybrid_runs),
-        *(statistics.median(values) for values in ratios.values()),
+        statistics.median(ratios["prefill"]),
+        statistics.median(ratios["decode"]),
+        statistics.median(ratios["speedup"]),
         {part: _median_error(values) for part, values in ratios.items()} if len(pairs) > 1 else {},
     )
 
