@@ -165,7 +165,11 @@ def make_plan(recipe: Recipe, config: Any, multiply_flops: float, items: int | N
     evaluated = [task for task in recipe.tasks if task.lm_eval is not None]
     # A swap of layer i reuses what lies before it: half of the layers on average.
     screens, scores = _evaluations(recipe, twins, layers)
-    search_flops = 0.5 * per_token * (screens * screen_tokens + scores * task_tokens)
+    search_seconds = 0.5 * per_token * (screens * screen_tokens + scores * task_tokens) / flops
+    searched = f"about {screens:,} screenings, {scores:,} scorings ({recipe.search.strategy})"
+    if (minutes := recipe.search.minutes) is not None:
+        search_seconds = min(search_seconds, 60 * minutes)
+        searched += f", at most {minutes:g} minutes of them"
 
     target = recipe.target
     workload = target.workload.concurrency * (target.workload.prompt + target.workload.output)
@@ -188,7 +192,7 @@ def make_plan(recipe: Recipe, config: Any, multiply_flops: float, items: int | N
         "distill": f"{recipe.distill.tokens:,} tokens, {twins} twins ({layers} layers)",
         "heal": f"{recipe.heal.tokens:,} tokens in random hybrids",
         "throughput curve": f"{layouts} layouts, {runs} runs of {workload:,} tokens on {target.engine}",
-        "search": f"about {screens:,} screenings, {scores:,} scorings ({recipe.search.strategy})",
+        "search": searched,
         "lm-eval": f"the test split of {len(evaluated)} tasks",
         "export": f"2 checkpoints, {len(exports)} ONNX exports",
         "parity": f"{recipe.parity.prompts} prompts, {recipe.parity.tokens:,} tokens, {passes} passes",
@@ -199,7 +203,7 @@ def make_plan(recipe: Recipe, config: Any, multiply_flops: float, items: int | N
         distill_flops / flops,
         heal_flops / flops,
         measure_seconds,
-        search_flops / flops,
+        search_seconds,
         # The whole of each prompt, once for each answer: lm-eval shares nothing between prompts.
         2.0 * per_token * _task_tokens(evaluated, items) / flops,
         export_seconds,

@@ -63,6 +63,8 @@ def test_more_work_costs_more(tmp_path: Path) -> None:
     assert more.stages[0].seconds == pytest.approx(2 * usual.stages[0].seconds)
     exhaustive = make_plan(load_recipe(write_recipe(tmp_path, "racing", "exhaustive")), config, 1e9)
     assert "20 scorings" in exhaustive.stages[2].work  # 8 + 6 + 4 + 2 candidates of two forms
+    bounded = make_plan(load_recipe(write_recipe(tmp_path, "racing", "racing, minutes: 0.5")), config, 1e6)
+    assert bounded.stages[2].seconds == 30 and "at most 0.5 minutes" in bounded.stages[2].work
     fewer = make_plan(load_recipe(write_recipe(tmp_path, "layers: all", "layers: [1, 2]")), config, 1e9)
     assert fewer.twins == 4 and fewer.disk_bytes < usual.disk_bytes
     asked = "{name: recall, synthetic: needle, lengths: [1024, 4096]}"
