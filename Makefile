@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RECIPE ?= recipes/quickstart.yaml
 BENCHMARK ?= --direction forward
-# Tests run in so many processes, of one thread and up to 5 GB each: tiny models gain nothing from threads.
+# Tests run in so many processes of one thread each: tiny models gain nothing from threads. 2 GB were seen in one.
 TEST_WORKERS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/.installed

@@ -60,8 +60,6 @@ def template(
     if not tasks:
         raise UsageError("--task: name at least one: a folder of labelled rows, an lm-eval task, or needle")
     lines = [_task(task) for task in tasks]
-    if len({line.split("name: ")[1].split(",")[0] for line in lines}) < len(lines):
-        raise UsageError("--task: two would have one name; give the second in the file by hand")
     if not set(tasks) & set(SYNTHETIC):
         lines.append(RECALL)
     return TEMPLATE.format(

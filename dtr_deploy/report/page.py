@@ -137,8 +137,6 @@ def _cell(cell: Any) -> str:
 def _frontier_words(report: Report) -> str:
     search = report.search
     assert search is not None
-    if not search.frontier:
-        return f"Strategy {search.strategy}: {search.trials:,} trials."
     fastest = max((visit for visit in search.frontier if visit["passes"]), key=lambda v: v["speedup"], default=None)
     within = "" if fastest is None else f" The fastest within the bounds has {fastest['replaced']} layers replaced."
     return (

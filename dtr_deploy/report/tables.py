@@ -185,12 +185,10 @@ def layers_table(report: Report) -> Table:
     )
     for row in sorted(report.distill, key=lambda row: (row.layer, row.form)):
         cost = costs.get((row.layer, row.form), {})
-        taken = (layout[row.layer] or "").partition("@")[0] == row.form.partition("@")[0]
+        taken = layout[row.layer] == row.form
         controls = (f"{row.controls[name]:.3f}" if name in row.controls else "" for name in ("no_op", "window_only"))
         found = (f"{cost[name]:+.4f}" if name in cost else "" for name in ("kl", "recall"))
-        table.add_row(
-            str(row.layer), row.form, "yes" if taken else "", f"{row.relative_error:.4f}", *controls, *found
-        )  # fmt: skip
+        table.add_row(str(row.layer), row.form, "yes" if taken else "", f"{row.relative_error:.4f}", *controls, *found)
     return table
 
 

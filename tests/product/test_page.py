@@ -16,6 +16,7 @@ from dtr_deploy import cli
 from dtr_deploy.report import figures
 from dtr_deploy.report.page import PAGE, page
 from dtr_deploy.report.schema import REPORT, Report
+from dtr_deploy.report.tables import layers_table
 from tests.product.reports import full_report, small_report
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
@@ -151,6 +152,14 @@ def test_every_figure_stands_beside_a_table_and_is_told_in_words() -> None:
     assert sum(tag == "details" for tag, _ in found.elements) == len(plots)
     for text in ("1.93x", "0.0800", "+0.0220", "rejected"):
         assert text in found.cells, text
+
+
+def test_twins_of_one_form_with_two_windows_are_told_apart() -> None:
+    report = full_report()
+    report.distill = [report.distill[0].model_copy(update={"layer": 1, "form": form}) for form in ("gla", "gla@256")]
+    table = layers_table(report)
+    names, taken = (list(table.columns[column].cells) for column in (1, 2))
+    assert dict(zip(names, taken, strict=True)) == {"gla": "yes", "gla@256": ""}
 
 
 def test_what_a_run_does_not_have_is_left_out() -> None:

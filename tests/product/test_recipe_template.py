@@ -53,7 +53,7 @@ def test_a_recall_task_is_not_doubled(rows: str) -> None:
     [
         (["--task", "no/such"], "--task no/such: no such file or folder"),
         (["--task", "needle", "--engine", "tgi"], "--engine tgi: accepted are ort, vllm"),
-        (["--task", "needle", "--task", "needle"], "two would have one name"),
+        (["--task", "needle", "--task", "needle"], "'needle' is taken"),
         (["--task", "needle", "--corpus", "no.txt"], "no such file: no.txt"),
         ([], "Missing option '--task'"),
     ],
