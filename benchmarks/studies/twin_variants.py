@@ -25,13 +25,15 @@ NONE, TOGETHER, LAYOUT = "none", "together", "layout"
 @dataclass(frozen=True)
 class Variant:
     """window: tokens, 0 for none. calibrate: forms start from statistics of their teachers. student_prefix: twins see
-    what a hybrid of all twins hands them. heal: how they are trained end to end afterwards."""
+    what a hybrid of all twins hands them. heal: how they are trained end to end afterwards. asked: what a build does not
+    do, trained to see whether it should."""
 
     name: str
     window: int
     calibrate: bool = True
     student_prefix: bool = False
     heal: str = NONE
+    asked: bool = False
 
     @property
     def folder(self) -> str:
@@ -44,9 +46,9 @@ def variants(window: int) -> list[Variant]:
         Variant("form only", 0),
         Variant("form + window", window, calibrate=False),
         Variant(CALIBRATED, window),
-        Variant("+ student prefix", window, student_prefix=True),
+        Variant("+ student prefix", window, student_prefix=True, asked=True),
         Variant("+ heal", window, heal=TOGETHER),
-        Variant("+ heal of the layout", window, heal=LAYOUT),
+        Variant("+ heal of the layout", window, heal=LAYOUT, asked=True),
     ]
 
 

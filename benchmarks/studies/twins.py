@@ -54,6 +54,7 @@ class Setting:
     corpus: Any
     counts: Sequence[int]
     precision: str
+    variants: Sequence[Variant]
 
 
 @app.command(name=NAME, cls=Command)
@@ -68,6 +69,10 @@ def twins(
     replaced: Annotated[
         list[int] | None, typer.Option(min=1, help="Layers replaced, at least, in the hybrids scored.")
     ] = None,
+    all_up_to: Annotated[
+        int,
+        typer.Option(min=0, help="Budgets above leave out the variants that builds do not use: their cost grows too."),
+    ] = 200_000,
     precision: Annotated[str, typer.Option(help="Of large products: auto, float32 or bfloat16.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="Threads; 0: all cores.")] = 0,
     small: Annotated[bool, typer.Option("--small", help="A tiny random model: the whole path in seconds.")] = False,
@@ -82,7 +87,7 @@ def twins(
         budgets = tokens or ([1024] if small else [100_000, 400_000])
         rows: list[dict[str, Any]] = []
         for budget in budgets:
-            setting = _setting(model, form, window, budget, replaced, precision, small)
+            setting = _setting(model, form, window, budget, replaced, precision, all_up_to, small)
             rows += _run(setting, out / str(budget))
         about = {
             "model": "a tiny random model" if small else model,
@@ -96,8 +101,16 @@ def twins(
 
 
 def _setting(
-    model: str, form: str, window: int, tokens: int, counts: Sequence[int] | None, precision: str, small: bool
+    model: str,
+    form: str,
+    window: int,
+    tokens: int,
+    counts: Sequence[int] | None,
+    precision: str,
+    all_up_to: int,
+    small: bool,
 ) -> Setting:
+    from benchmarks.studies.twin_variants import variants
     from benchmarks.studies.small_model import small_backbone
     from dtr_deploy.errors import UsageError
     from dtr_deploy.hybrid.backbone import load_backbone
@@ -117,7 +130,9 @@ def _setting(
     ]
     length = 64 if small else 512
     corpus = load_corpus(CORPUS, tokenizer, tokens=tokens, sequence_length=length, held_out=HELD_OUT)
-    return Setting(backbone, form, 16 if small else window, tokens, tasks, corpus, counts, precision)
+    window = 16 if small else window
+    chosen = [variant for variant in variants(window) if tokens <= all_up_to or not variant.asked]
+    return Setting(backbone, form, window, tokens, tasks, corpus, counts, precision, chosen)
 
 
 @dataclass(frozen=True)
@@ -136,10 +151,10 @@ class Trained:
 
 def _run(setting: Setting, folder: Path) -> list[dict[str, Any]]:
     """A row for the base, each control and each variant."""
-    from benchmarks.studies.twin_variants import CALIBRATED, LAYOUT, variants
+    from benchmarks.studies.twin_variants import CALIBRATED, LAYOUT
     from dtr_deploy.hybrid.controls import CONTROLS, Control, make_control
 
-    backbone, chosen = setting.backbone.model, variants(setting.window)
+    backbone, chosen = setting.backbone.model, setting.variants
     trained = {variant.name: _train(setting, variant, folder) for variant in chosen}
     layouts = _layouts(setting, trained[CALIBRATED].twins, folder / "layouts.sqlite")
     for variant in chosen:

@@ -1,6 +1,7 @@
 """The soak of the plain onnxruntime runner: passes on a working one, and fails on a broken one."""
 
 import json
+import mmap
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -63,7 +64,9 @@ def test_memory_that_is_lost_fails(folder: Path, monkeypatch: pytest.MonkeyPatch
     step = OrtRunner.step
 
     def losing(runner: OrtRunner) -> list:
-        lost.append(np.ones(2**18))
+        # Mapped and written, not allocated: an allocator may hand out pages that this process holds already.
+        lost.append(mmap.mmap(-1, 2**21))
+        lost[-1].write(b"\1" * 2**21)
         return step(runner)
 
     monkeypatch.setattr(OrtRunner, "step", losing)

@@ -43,6 +43,11 @@ def test_every_variant_is_trained_scored_and_kept(tmp_path: Path) -> None:
     assert scores == {path: path.stat().st_mtime_ns for path in scores}
     assert json.loads((tmp_path / "summary.json").read_text())["rows"] == summary["rows"]
 
+    fewer = CliRunner().invoke(app, [*command, "--all-up-to", "1000"])
+    assert fewer.exit_code == 0, fewer.output
+    left = [row["variant"] for row in json.loads((tmp_path / "summary.json").read_text())["rows"]]
+    assert left == [name for name in rows if name not in ("+ student prefix", "+ heal of the layout")]
+
 
 @torch.no_grad()
 def test_a_student_prefix_hands_on_what_a_hybrid_does() -> None:
