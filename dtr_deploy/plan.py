@@ -14,6 +14,7 @@ from typing import Any
 
 from dtr_deploy.engines import require
 from dtr_deploy.errors import UsageError
+from dtr_deploy.packages import require_build_packages
 from dtr_deploy.parity.rungs import base_precisions, benchmarked, served_precisions
 from dtr_deploy.recipe import Recipe
 from dtr_deploy.run_dir import RunDir
@@ -107,7 +108,8 @@ def model_config(recipe: Recipe) -> Any:
 
 
 def check_engines(recipe: Recipe) -> None:
-    """Raise `UsageError` if the recipe needs an engine that cannot be used here."""
+    """Raise `UsageError` if the recipe needs an engine, or any stage a package, that cannot be used here."""
+    require_build_packages()
     require(recipe.target.engine, f"{recipe.source}: target.engine")
     if recipe.export.vllm is not None:
         require("vllm", f"{recipe.source}: export.vllm")

@@ -203,9 +203,14 @@ class _RichBar:
         self.stop.raise_if_requested()
 
 
-def for_terminal(stop: StopRequest | None = None) -> PlainProgress | RichProgress:
-    """Bars when stdout is a terminal, plain lines otherwise."""
-    return RichProgress(stop=stop) if sys.stdout.isatty() else PlainProgress(stop=stop)
+def for_terminal(stop: StopRequest | None = None, out: IO[str] | None = None) -> PlainProgress | RichProgress:
+    """Bars when `out` (stdout if None) is a terminal, plain lines otherwise."""
+    out = out or sys.stdout
+    if not out.isatty():
+        return PlainProgress(stop, out)
+    from rich.console import Console
+
+    return RichProgress(Console(file=out), stop)
 
 
 def seconds_text(seconds: float) -> str:

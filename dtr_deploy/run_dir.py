@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
@@ -38,6 +39,7 @@ LISTED_PACKAGES = (
     "onnxruntime-genai-cuda", "onnx", "lm_eval", "numpy",
 )  # fmt: skip
 
+logger = logging.getLogger(__name__)
 
 StageWork = Callable[[Path], tuple[Iterable[Path], dict[str, Any]]]
 """A stage's work: its folder -> the artefacts it wrote (files, or folders with all in them), and its result."""
@@ -115,9 +117,15 @@ class RunDir:
         Raises `UsageError` if an artefact has other contents than the stage wrote.
         """
         record = self.stages.get(name)
-        if record is None or record.key != key:
+        if record is None:
+            logger.debug("%s: not finished before", name)
             return None
-        if any(not (self.path / file).is_file() for file in record.artefacts):
+        if record.key != key:
+            logger.debug("%s: runs again, what it depends on has changed", name)
+            return None
+        missing = [file for file in record.artefacts if not (self.path / file).is_file()]
+        if missing:
+            logger.debug("%s: runs again, %s is missing", name, missing[0])
             return None
         self.check_artefacts(name)
         return record

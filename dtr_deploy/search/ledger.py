@@ -9,6 +9,7 @@ an uninterrupted search see the same rounding. Nothing here knows what a score m
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,9 +22,11 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from dtr_deploy.errors import DtrError
-from dtr_deploy.hybrid.layout import Layout
+from dtr_deploy.hybrid.layout import Layout, describe
 
 SCHEMA_VERSION = 1
+
+logger = logging.getLogger(__name__)
 
 Status = Literal["scored", "committed", "rejected", "walked_back"]
 STATUSES: tuple[str, ...] = get_args(Status)
@@ -135,6 +138,8 @@ class Ledger:
                     "INSERT INTO arrays (trial, name, shape, float32) VALUES (?, ?, ?, ?)",
                     (cursor.lastrowid, name, json.dumps(values.shape), values.tobytes()),
                 )
+        split = f" on {key.split}" if key.split else ""
+        logger.debug("trial: %s of %s%s, %s, %.1f s", key.kind, describe(key.layout), split, status, seconds)
 
     def memoised(self, key: TrialKey, compute: Callable[[], TrialResult]) -> Trial:
         """The trial of `key`: read if it is there, else computed, timed, stored and read back."""
