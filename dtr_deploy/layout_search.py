@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from dtr_deploy.search.objective import Objective
 from dtr_deploy.search.problem import Limits
 from dtr_deploy.search.result import SearchResult
 from dtr_deploy.search.run import search_layout
-from dtr_deploy.search.scorer import ModelEvaluator, Scorer, models_hash
+from dtr_deploy.search.scorer import Evaluator, ModelEvaluator, Scorer, models_hash
 from dtr_deploy.search.targets import MIB, Targets
 from dtr_deploy.serving import engines_open_at_once, layout_opener
 from dtr_deploy.tasks.build import synthetic_task
@@ -24,12 +25,13 @@ from dtr_deploy.tasks.divergence import SCREENING, Divergence
 from dtr_deploy.tasks.haystack import Haystack
 from dtr_deploy.throughput.cache_bytes import CacheSize, cache_dtypes
 from dtr_deploy.throughput.calibrate import CalibratedCost, calibrate
-from dtr_deploy.throughput.measure import ThroughputMeter
+from dtr_deploy.throughput.measure import ThroughputMeter, compare_with_base
 from dtr_deploy.throughput.vllm_groups import vllm_group_count
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dtr_deploy.cluster.workers import Source, Workers
     from dtr_deploy.hybrid.backbone import Backbone
 
 RECALL_SCREEN = "recall screen"
@@ -43,8 +45,10 @@ def choose_layout(
     tasks: Sequence[Any],
     ledger_file: Path,
     progress: Progress,
+    workers: Workers | None = None,
 ) -> SearchResult:
-    """Search as `recipe` says. held_out: [M,T] tokens for screening. Every trial is in `ledger_file`.
+    """Search as `recipe` says. held_out: [M,T] tokens for screening. Every trial is in `ledger_file`. workers: of a
+    cluster, where it is not this process that scores and measures.
 
     Raises `InfeasibleTarget` if no layout reaches the target.
     """
@@ -61,11 +65,12 @@ def choose_layout(
     )
     with Ledger(ledger_file) as ledger:
         with CountingBar(progress, "throughput curve") as report:
-            cost = throughput_curve(recipe, backbone, sorted({layer for layer, _ in twins}), ledger, report)
+            layers = sorted({layer for layer, _ in twins})
+            cost = throughput_curve(recipe, backbone, layers, ledger, report, workers)
         _tell(cost, progress)
-        with CountingBar(progress, "search") as report:
+        with CountingBar(progress, "search") as report, _replicated(evaluator, recipe, backbone, twins, workers) as who:
             return search_layout(
-                Scorer(evaluator, ledger),
+                Scorer(who, ledger),
                 cost,
                 objective_of(recipe),
                 ledger,
@@ -74,6 +79,28 @@ def choose_layout(
                 settings.confidence,
                 report,
             )
+
+
+def _replicated(
+    evaluator: ModelEvaluator,
+    recipe: Recipe,
+    backbone: Backbone,
+    twins: Mapping[tuple[int, str], Mapping[str, Any]],
+    workers: Workers | None,
+) -> AbstractContextManager[Evaluator]:
+    """The evaluator, or its replicas in the workers of a cluster."""
+    if workers is None:
+        return nullcontext(evaluator)
+    from dtr_deploy.cluster.evaluator import ClusterEvaluator
+
+    return ClusterEvaluator(workers, source_of(recipe, backbone), evaluator, twins, recipe.search.precision)
+
+
+def source_of(recipe: Recipe, backbone: Backbone) -> Source:
+    """Where the workers of a cluster find the recipe's backbone."""
+    from dtr_deploy.cluster.workers import Source
+
+    return Source.of(backbone, recipe.revision, recipe.trust_remote_code)
 
 
 def objective_of(recipe: Recipe) -> Objective:
@@ -112,19 +139,23 @@ def recall_screen(recipe: Recipe, backbone: Backbone) -> list[Haystack]:
 
 
 def throughput_curve(
-    recipe: Recipe, backbone: Backbone, layers: Sequence[int], ledger: Ledger, report: CountingBar
+    recipe: Recipe,
+    backbone: Backbone,
+    layers: Sequence[int],
+    ledger: Ledger,
+    report: CountingBar,
+    workers: Workers | None = None,
 ) -> CalibratedCost:
     """Measured throughput over how many of `layers` are replaced, on the target's engine for its workload."""
     target = recipe.target
     workload = Workload(**target.workload.model_dump())
-    opener = layout_opener(
-        backbone.model,
-        backbone.tokenizer,
-        recipe.window,
-        target.engine,
-        target.precision,
-        workload.prompt + workload.output,
-    )
+    served = (recipe.window, target.engine, target.precision, workload.prompt + workload.output)
+    opener = layout_opener(backbone.model, backbone.tokenizer, *served)
+    compare: Any = compare_with_base
+    if workers is not None:
+        from dtr_deploy.cluster.measure import Served, compare_on
+
+        compare = compare_on(workers, source_of(recipe, backbone), Served(*served))
     meter = ThroughputMeter(
         opener,
         workload,
@@ -133,6 +164,7 @@ def throughput_curve(
         repeats=recipe.search.repeats,
         max_open=engines_open_at_once(target.engine),
         progress=report,
+        compare=compare,
     )
     # One layer always keeps full attention: engines count a sequence's tokens by it.
     most = min(len(layers), backbone.layers - 1)

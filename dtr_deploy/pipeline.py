@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtr_deploy import __version__
+from dtr_deploy.cluster.workers import connected
 from dtr_deploy.progress import CountingBar, Progress, QuietProgress, seconds_text
 from dtr_deploy.recipe import RECIPE_COPY, Recipe
 from dtr_deploy.run_dir import RunDir, StageRecord, StageWork, stage_key, versions, write_atomically
 
 if TYPE_CHECKING:
+    from dtr_deploy.cluster.workers import Workers
     from dtr_deploy.hybrid.backbone import Backbone
     from dtr_deploy.report.schema import Report
     from dtr_deploy.tasks.corpus import Corpus
@@ -48,7 +51,8 @@ def build(recipe: Recipe, run: RunDir, progress: Progress | None = None, until: 
         "throughput": job.measure,  # base and hybrid, on the engines that serve them
         "report": job.report,
     }
-    with run.lock():
+    with run.lock(), connected(recipe.cluster, job.progress.line) as workers:
+        job.workers = workers
         job.prepare()
         for name, step in steps.items():
             step()
@@ -62,6 +66,7 @@ class Build:
 
     def __init__(self, recipe: Recipe, run: RunDir, progress: Progress) -> None:
         self.recipe, self.run, self.progress = recipe, run, progress
+        self.workers: Workers | None = None
 
     # --- what stages share
 
@@ -144,7 +149,7 @@ class Build:
         """Train a twin of every chosen (layer, form); `distilled/layerNN_FORM.safetensors`."""
 
         def work(folder: Path) -> tuple[list[Path], dict[str, Any]]:
-            from dtr_deploy.distill.stage import distill
+            from dtr_deploy.distill.stage import DistillResult, distill
             from dtr_deploy.distill.trainer import DistillSettings
 
             recipe = self.recipe
@@ -156,9 +161,14 @@ class Build:
                 precision=recipe.distill.precision,
                 seed=recipe.seed,
             )
+            train: Callable[..., DistillResult] = partial(distill, self.backbone.model)
+            if self.workers is not None:
+                from dtr_deploy.cluster.distill import distill_on
+                from dtr_deploy.layout_search import source_of
+
+                train = partial(distill_on, self.workers, source_of(recipe, self.backbone))
             with CountingBar(self.progress, "distill") as report:
-                result = distill(
-                    self.backbone.model,
+                result = train(
                     self.corpus.train,
                     self.corpus.held_out,
                     recipe.forms,
@@ -234,7 +244,9 @@ class Build:
             from dtr_deploy.layout_search import choose_layout
 
             ledger, held_out = folder / "ledger.sqlite", self.corpus.held_out
-            result = choose_layout(recipe, self.backbone, self.twins, held_out, tasks, ledger, self.progress)
+            result = choose_layout(
+                recipe, self.backbone, self.twins, held_out, tasks, ledger, self.progress, self.workers
+            )
             write_atomically(folder / SEARCH_FILE, json.dumps(result.to_dict(), indent=1).encode())
             return [folder / SEARCH_FILE], {"layout": list(result.layout), "speedup": result.speedup}
 

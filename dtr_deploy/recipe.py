@@ -22,6 +22,8 @@ from dtr_deploy.recipe_sections import (
     TARGET_BOUNDS,
     VLLM_PRECISION,
     Bench,
+    Cluster,
+    ClusterSection,
     Distill,
     Export,
     Heal,
@@ -81,6 +83,8 @@ class Recipe(Section):
     """The gate."""
     bench: Bench = Bench()
     """The table at the end."""
+    cluster: ClusterSection = Cluster()
+    """Where stages 1 and 2 run."""
 
     _source: Path = PrivateAttr(default=Path("recipe"))
     _lines: YamlLines | None = PrivateAttr(default=None)

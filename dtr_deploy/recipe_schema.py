@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
-from pydantic import BaseModel, BeforeValidator
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from dtr_deploy.recipe import Recipe
+from dtr_deploy.recipe_sections import Layers
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 HEAD = """# Recipe reference
@@ -45,8 +46,8 @@ def _sections(model: type[BaseModel], path: str) -> list[tuple[str, type[BaseMod
     found = []
     for name, field in model.model_fields.items():
         section = _section(field)
-        # A value that may be written shorter than as a mapping (`layers`) is explained where it stands.
-        if section is not None and not any(isinstance(part, BeforeValidator) for part in field.metadata):
+        # `layers` is hardly ever written as a mapping, and explained where it stands.
+        if section is not None and section is not Layers:
             key = f"{path}{name}{'[]' if _is_list(field) else ''}"
             found += [(key, section), *_sections(section, f"{key}.")]
     return found

@@ -229,6 +229,26 @@ def check_entry(entry: str) -> str:
     return entry
 
 
+class Cluster(Section):
+    """Where stages 1 and 2 run: `none` (in the build's process), `auto`, an address, or a mapping of these keys."""
+
+    address: str = "none"
+    """`none`; `auto`: a Ray cluster that runs on this machine, if there is one; or `HOST:PORT` of one."""
+    workers: Positive | None = None
+    """Processes at once; as many as there is room for if left out."""
+    cpus: Positive | None = None
+    """Cores of each; if left out, a node's share for each of its GPUs, or the whole node."""
+    gpus: Annotated[float, Field(ge=0)] | None = None
+    """GPUs of each; if left out, 1 where the cluster has any."""
+
+
+def _read_cluster(value: object) -> object:
+    return {"address": value} if isinstance(value, str) else value
+
+
+ClusterSection = Annotated[Cluster, BeforeValidator(_read_cluster, json_schema_input_type=str | Cluster)]
+
+
 class VllmExport(Section):
     """For vLLM, which serves the checkpoint as it is."""
 

@@ -319,7 +319,7 @@ def _hybrid_scores(setting: Setting, layout: Layout, window: int, twins: Any) ->
     evaluator = ModelEvaluator(
         setting.backbone.model, twins, window, setting.tasks, _divergence(setting), [], "", precision=setting.precision
     )
-    (raw,) = evaluator.score([layout], "confirm", 0)
+    (raw,) = evaluator.score([(layout, 0)], "confirm")
     (screened,) = evaluator.screen([layout])
     scores = evaluator.interpret("confirm", [(raw.arrays, raw.scalars)])
     return scores, screened.scalars["kl"], screened.scalars["perplexity"]

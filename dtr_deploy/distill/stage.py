@@ -29,6 +29,9 @@ from dtr_deploy.hybrid.precision import products_dtype, products_in
 
 Progress = Callable[[int, int, str], None]
 
+SUMMARY = "distill.json"
+"""In the folder of finished twins: tokens, seconds and reports."""
+
 EVALUATED = 12
 """Held-out sequences that errors are reported on; about 6,000 tokens at 512 each."""
 
@@ -111,7 +114,7 @@ def distill(
     keys = [(layer, form) for layer in layers for form in forms]
     steps = max(1, math.ceil(settings.tokens / (settings.batch_size * sequences.shape[1])))
     files = {key: twin_file(folder, *key) for key in keys}
-    summary = folder / "distill.json"
+    summary = folder / SUMMARY
     if summary.is_file() and all(path.is_file() for path in files.values()):
         saved = json.loads(summary.read_text())
         reports = [TwinReport.from_dict(r) for r in saved["reports"]]

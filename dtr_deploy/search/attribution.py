@@ -51,6 +51,25 @@ class Answers:
     after: Tensor
     layer_forwards: int
 
+    @classmethod
+    def of(cls, parts: Sequence[Answers]) -> Answers:
+        """The sum of what batches add."""
+        before, after = parts[0].before.clone(), parts[0].after.clone()
+        for part in parts[1:]:
+            before += part.before
+            after += part.after
+        return cls(before, after, sum(part.layer_forwards for part in parts))
+
+
+@dataclass(frozen=True)
+class RowDivergences:
+    """`Divergences` of single rows: before float64 [rows], first and second float64 [swaps, rows]."""
+
+    before: Tensor
+    first: Tensor
+    second: Tensor
+    layer_forwards: int
+
 
 @dataclass(frozen=True)
 class Divergences:
@@ -62,6 +81,14 @@ class Divergences:
     second: Tensor
     layer_forwards: int
 
+    @classmethod
+    def of(cls, parts: Sequence[RowDivergences]) -> Divergences:
+        """The mean over the rows of batches."""
+        first = torch.cat([part.first for part in parts], 1).mean(1)
+        second = torch.cat([part.second for part in parts], 1).mean(1)
+        before = float(torch.cat([part.before for part in parts]).mean())
+        return cls(before, first, second, sum(part.layer_forwards for part in parts))
+
     @property
     def after(self) -> Tensor:
         """An estimate, float64 [swaps]. Never below 0, which KL is not."""
@@ -71,13 +98,11 @@ class Divergences:
 class Attribution:
     """Prices swaps on top of any layout of `pool`, by its modules, on every device.
 
-    products: dtype that linear layers multiply in. head: output embedding. on_batch: called after each batch.
+    products: dtype that linear layers multiply in. head: output embedding.
     """
 
-    def __init__(
-        self, pool: LayerPool, products: torch.dtype, head: Head, on_batch: Callable[[], None] = lambda: None
-    ) -> None:
-        self.pool, self.products, self.head, self.on_batch = pool, products, head, on_batch
+    def __init__(self, pool: LayerPool, products: torch.dtype, head: Head) -> None:
+        self.pool, self.products, self.head = pool, products, head
         self.runs = ModuleRuns(pool.backbone, pool.layers, pool.window, products)
 
     @staticmethod
@@ -89,19 +114,19 @@ class Attribution:
 
     def answers(self, layout: Layout, swaps: Sequence[Swap], batches: Sequence[ScoringBatch], count: int) -> Answers:
         """Log-probabilities of the `count` requests behind `batches`."""
-        before = torch.zeros(count, dtype=torch.float64)
-        after, work = torch.zeros(len(swaps), count, dtype=torch.float64), 0
-        lengths = torch.zeros(count, dtype=torch.float64)
-        for batch in batches:
-            lengths.index_add_(0, batch.requests, torch.ones(len(batch.requests), dtype=torch.float64))
-        for batch in batches:
-            slots = _slots(batch)
-            odds, changes, used = self._odds(layout, swaps, batch, slots)
-            before.index_add_(0, batch.requests, F.logsigmoid(odds))
-            # Of a request's change, each of its tokens is taken to have the same part.
-            share = changes[:, slots, batch.rows] / lengths[batch.requests]
-            after.index_add_(1, batch.requests, F.logsigmoid(odds + share))
-            work += used
+        lengths = tokens_of(batches, count)
+        return Answers.of([self.answers_of(layout, swaps, batch, lengths) for batch in batches])
+
+    def answers_of(self, layout: Layout, swaps: Sequence[Swap], batch: ScoringBatch, lengths: Tensor) -> Answers:
+        """What one batch adds to the `answers` of all. lengths: `tokens_of` all batches."""
+        before = torch.zeros(len(lengths), dtype=torch.float64)
+        after = torch.zeros(len(swaps), len(lengths), dtype=torch.float64)
+        slots = _slots(batch)
+        odds, changes, work = self._odds(layout, swaps, batch, slots)
+        before.index_add_(0, batch.requests, F.logsigmoid(odds))
+        # Of a request's change, each of its tokens is taken to have the same part.
+        share = changes[:, slots, batch.rows] / lengths[batch.requests]
+        after.index_add_(1, batch.requests, F.logsigmoid(odds + share))
         return Answers(before, after, work)
 
     def divergences(
@@ -118,38 +143,45 @@ class Attribution:
         samples: draws of every token for the second order; its relative standard error is about sqrt(2 / (rows x
         samples)).
         """
-        generator = torch.Generator().manual_seed(seed)
-        before, first, second = [], [], []
-        work = 0
-        for batch, states in zip(batches, teacher, strict=True):
-            rows = batch.input_ids.shape[0]
-            reads = torch.bincount(batch.rows, minlength=rows).double()
-            values = torch.zeros(len(batch.rows), dtype=torch.float64)
-
-            def gradients(
-                hidden: Tensor, batch: ScoringBatch = batch, states: Tensor = states, values: Tensor = values
-            ) -> list[Tensor]:
-                found = [torch.zeros_like(hidden) for _ in range(1 + samples)]
-                for part, read, logits in self._reads(hidden, batch):
-                    log_q = logits.detach().log_softmax(-1)
-                    log_p = _wide(self.head(states[part].to(hidden.device)).detach()).log_softmax(-1)
-                    q, p = log_q.exp(), log_p.exp()
-                    values[part] = (p * (log_p - log_q)).sum(-1).double().cpu()
-                    drawn = torch.multinomial(q.cpu(), samples, replacement=True, generator=generator).to(q.device)
-                    wanted = [q - p, *(F.one_hot(y, q.shape[-1]).to(q) - q for y in drawn.T)]
-                    for number, (into, towards) in enumerate(zip(found, wanted, strict=True)):
-                        (grad,) = torch.autograd.grad(logits, read, towards, retain_graph=number < samples)
-                        _scatter(into, batch, part, grad)
-                return found
-
-            changes, used = self._sweep(layout, swaps, batch, gradients)
-            before.append(torch.zeros(rows, dtype=torch.float64).index_add_(0, batch.rows, values) / reads)
-            first.append(changes[:, 0] / reads)
-            second.append(0.5 * changes[:, 1:].square().mean(1) / reads)
-            work += used
-        return Divergences(
-            float(torch.cat(before).mean()), torch.cat(first, 1).mean(1), torch.cat(second, 1).mean(1), work
+        pairs = enumerate(zip(batches, teacher, strict=True))
+        return Divergences.of(
+            [self.divergences_of(layout, swaps, batch, states, samples, (seed, n)) for n, (batch, states) in pairs]
         )
+
+    def divergences_of(
+        self,
+        layout: Layout,
+        swaps: Sequence[Swap],
+        batch: ScoringBatch,
+        states: Tensor,
+        samples: int,
+        seed: tuple[int, int],
+    ) -> RowDivergences:
+        """Those of one batch's rows. seed: and the batch's number; each batch draws for itself, so that it does not
+        matter where and when the others are run."""
+        generator = torch.Generator().manual_seed(seed[0] * 1_000_003 + seed[1])
+        rows = batch.input_ids.shape[0]
+        reads = torch.bincount(batch.rows, minlength=rows).double()
+        values = torch.zeros(len(batch.rows), dtype=torch.float64)
+
+        def gradients(hidden: Tensor) -> list[Tensor]:
+            found = [torch.zeros_like(hidden) for _ in range(1 + samples)]
+            for part, read, logits in self._reads(hidden, batch):
+                log_q = logits.detach().log_softmax(-1)
+                log_p = _wide(self.head(states[part].to(hidden.device)).detach()).log_softmax(-1)
+                q, p = log_q.exp(), log_p.exp()
+                values[part] = (p * (log_p - log_q)).sum(-1).double().cpu()
+                drawn = torch.multinomial(q.cpu(), samples, replacement=True, generator=generator).to(q.device)
+                wanted = [q - p, *(F.one_hot(y, q.shape[-1]).to(q) - q for y in drawn.T)]
+                for number, (into, towards) in enumerate(zip(found, wanted, strict=True)):
+                    (grad,) = torch.autograd.grad(logits, read, towards, retain_graph=number < samples)
+                    _scatter(into, batch, part, grad)
+            return found
+
+        changes, work = self._sweep(layout, swaps, batch, gradients)
+        before = torch.zeros(rows, dtype=torch.float64).index_add_(0, batch.rows, values) / reads
+        second = 0.5 * changes[:, 1:].square().mean(1) / reads
+        return RowDivergences(before, changes[:, 0] / reads, second, work)
 
     def _odds(
         self, layout: Layout, swaps: Sequence[Swap], batch: ScoringBatch, slots: Tensor
@@ -226,7 +258,6 @@ class Attribution:
                 for number, (_, grad) in enumerate(at_output):
                     changes[swap, number] = (grad * delta).sum((1, 2), dtype=torch.float64).cpu()
             work += 1 + 2 * len(back)
-        self.on_batch()
         return changes, work * batch.input_ids.shape[0]
 
     def _module(self, layer: int, form: str | None) -> torch.nn.Module:
@@ -282,6 +313,14 @@ def pieces(batches: Sequence[ScoringBatch], tokens: int = 1024) -> list[ScoringB
             found.append(ScoringBatch(batch.input_ids[rows, :width], batch.attention_mask[rows, :width], 0, *reads))
             first = last
     return found
+
+
+def tokens_of(batches: Sequence[ScoringBatch], count: int) -> Tensor:
+    """float64 [count]: how many tokens of each request are read in `batches`."""
+    lengths = torch.zeros(count, dtype=torch.float64)
+    for batch in batches:
+        lengths.index_add_(0, batch.requests, torch.ones(len(batch.requests), dtype=torch.float64))
+    return lengths
 
 
 def _slots(batch: ScoringBatch) -> Tensor:

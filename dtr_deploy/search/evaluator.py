@@ -19,7 +19,7 @@ SCORE, SCREEN, ATTRIBUTION = "score", "screen", "attribution"
 
 @dataclass
 class Finished:
-    """One layout's raw result. number: of the layout among those asked for. seconds: its share of the time taken, which
+    """One layout's raw result. number: of what was asked for. seconds: its share of the time taken, which
     layouts run side by side have in proportion to their layer-forwards."""
 
     number: int
@@ -45,8 +45,8 @@ class Evaluator(Protocol):
         """Into how many parts a split's items are dealt."""
         ...
 
-    def score(self, layouts: Sequence[Layout], split: Split, part: int) -> Iterator[Finished]:
-        """Raw results of one part, each as soon as it is there, in any order."""
+    def score(self, wanted: Sequence[tuple[Layout, int]], split: Split) -> Iterator[Finished]:
+        """Raw results of layouts, each on one part of a split, as soon as they are there, in any order."""
         ...
 
     def interpret(

@@ -10,6 +10,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ from dtr_deploy.hybrid.layout import Layout, full
 from dtr_deploy.hybrid.model import Twins
 from dtr_deploy.hybrid.precision import products_dtype
 from dtr_deploy.search import attribution_runs
-from dtr_deploy.search.attribution_runs import AttributionRuns
+from dtr_deploy.search.attribution import Swap
+from dtr_deploy.search.attribution_runs import AttributionRuns, RunUnits, Unit, UnitResult
 from dtr_deploy.search.evaluator import ATTRIBUTION, SCORE, SCREEN, Finished
 from dtr_deploy.search.forward import LAYOUTS_AT_ONCE, LayerPool, PrefixForward
 from dtr_deploy.search.objective import Screening
@@ -86,6 +88,7 @@ class ModelEvaluator:
         self.candidates = sorted(Candidate(layer, form) for layer, form in twins)
         self.weights = tuple(float(task.weight) for task in tasks)
         self.models_hash = models_hash
+        self.arithmetic = f"{self.products}/{type(self.pool.runs(self.products)).__name__}"
         self._head = backbone.get_output_embeddings()
         self._whole = WholeModel(self.pool, self.products)
         self._search_parts = _most_parts(self.tasks, parts)
@@ -109,8 +112,15 @@ class ModelEvaluator:
         """See `Evaluator`: only the search split is scored in parts."""
         return self._search_parts if split == "search" else 1
 
-    def score(self, layouts: Sequence[Layout], split: Split, part: int) -> Iterator[Finished]:
-        """See `Evaluator`."""
+    def score(self, wanted: Sequence[tuple[Layout, int]], split: Split) -> Iterator[Finished]:
+        """See `Evaluator`: part after part."""
+        for part in sorted({part for _, part in wanted}):
+            numbers = [number for number, (_, its) in enumerate(wanted) if its == part]
+            for done in self.score_part([wanted[number][0] for number in numbers], split, part):
+                yield replace(done, number=numbers[done.number])
+
+    def score_part(self, layouts: Sequence[Layout], split: Split, part: int) -> Iterator[Finished]:
+        """`score` of layouts on one part."""
 
         def run(some: Sequence[Layout]) -> list[RawResult]:
             return _merged([self._task_runs(SCORE, number, split, part).run(some) for number in range(len(self.tasks))])
@@ -145,12 +155,17 @@ class ModelEvaluator:
         return attribution_runs.fits([part for _, part in [*self._screened_parts(), *self._priced_parts()]])
 
     def attribute(
-        self, start: Layout, layouts: Sequence[Layout], priced: bool, progress: BatchProgress | None = None
+        self,
+        start: Layout,
+        layouts: Sequence[Layout],
+        priced: bool,
+        progress: BatchProgress | None = None,
+        run_units: RunUnits | None = None,
     ) -> Iterator[Finished]:
-        """See `Evaluator`. All of them at once, that is what makes it cheap."""
+        """See `Evaluator`. All of them at once, that is what makes it cheap. run_units: who runs batches (this)."""
         started = time.perf_counter()
-        reference = self._refer() / len(layouts)
-        results = self._attribution_runs().run(start, layouts, priced, progress)
+        reference = self._refer() / len(layouts) if run_units is None else 0.0
+        results = self._attribution_runs().run(start, layouts, priced, progress, run_units)
         for result in results:
             result.layer_forwards += reference
             for task, part in self._screened_parts():
@@ -162,6 +177,11 @@ class ModelEvaluator:
         work = np.diff(np.round(np.cumsum([result.layer_forwards for result in results])), prepend=0.0)
         for number, (result, forwards) in enumerate(zip(results, work, strict=True)):
             yield Finished(number, result.arrays, result.scalars, int(forwards), seconds)
+
+    def attribute_unit(self, start: Layout, swaps: Sequence[Swap], unit: Unit) -> UnitResult:
+        """One of the batches that `attribute` is made of."""
+        self._refer()
+        return self._attribution_runs().run_unit(start, swaps, unit)
 
     def _attribution_runs(self) -> AttributionRuns:
         return AttributionRuns(
@@ -186,12 +206,13 @@ class ModelEvaluator:
         return self._fingerprints[kind, split, part]
 
     def _fingerprint(self, kind: str, split: Split, part: int) -> str:
-        arithmetic = f"{self.products}/{type(self.pool.runs(self.products)).__name__}"
-        digest = hashlib.sha256(f"{FORMAT}/{self.models_hash}/{kind}/{split}/{arithmetic}".encode())
+        digest = hashlib.sha256(f"{FORMAT}/{self.models_hash}/{kind}/{split}/{self.arithmetic}".encode())
         if kind != SCORE:
             digest.update(self.divergence.fingerprint().encode())
         if kind != SCREEN:
             digest.update(f"/{part}/{self.parts(split)}".encode())
+        if kind == ATTRIBUTION:
+            digest.update(b"/each batch draws for itself")
         tasks = {SCORE: self.tasks, SCREEN: self.recall, ATTRIBUTION: [*self.recall, *self.tasks]}
         for task in tasks[kind]:
             digest.update(f"/{task.name}/{task.fingerprint(split)}".encode())

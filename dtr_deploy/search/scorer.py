@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 
 from dtr_deploy.errors import UsageError
 from dtr_deploy.hybrid.layout import Layout
@@ -65,16 +64,14 @@ class Scorer:
         wanted = dealt if parts is None else parts
         if not 1 <= wanted <= dealt:
             raise UsageError(f"parts: must be 1 to {dealt} on the split {split}, got {parts}")
-        trials: list[list[Trial]] = [[] for _ in layouts]
-        for part in range(wanted):
-            inputs = self.evaluator.fingerprint(SCORE, split, part)
-            keys = [TrialKey(SCORE, layout, split, inputs) for layout in layouts]
-            scalars = {"part": part, "parts": dealt}
-            found = self._trials(keys, partial(self.evaluator.score, split=split, part=part), scalars)
-            for mine, trial in zip(trials, found, strict=True):
-                mine.append(trial)
+        pairs = [(layout, part) for part in range(wanted) for layout in layouts]
+        inputs = [self.evaluator.fingerprint(SCORE, split, part) for part in range(wanted)]
+        keys = [TrialKey(SCORE, layout, split, inputs[part]) for layout, part in pairs]
+        scalars = [{"part": part, "parts": dealt} for _, part in pairs]
+        trials = self._trials(keys, lambda some: self.evaluator.score([pairs[n] for n in some], split), scalars)
         scores = []
-        for layout, mine in zip(layouts, trials, strict=True):
+        for number, layout in enumerate(layouts):
+            mine = trials[number :: len(layouts)]
             tasks = self.evaluator.interpret(split, [(trial.arrays, trial.scalars) for trial in mine])
             scores.append(LayoutScore(layout, split, tuple(tasks), self.evaluator.weights))
         return scores
@@ -87,7 +84,7 @@ class Scorer:
         """`screen` of each, in order, run together as in `score_many`."""
         inputs = self.evaluator.fingerprint(SCREEN, "search")
         keys = [TrialKey(SCREEN, layout, "search", inputs) for layout in layouts]
-        trials = self._trials(keys, self.evaluator.screen, {})
+        trials = self._trials(keys, lambda some: self.evaluator.screen([layouts[n] for n in some]))
         return [self.evaluator.screening(key.layout, trial.scalars) for key, trial in zip(keys, trials, strict=True)]
 
     @property
@@ -104,7 +101,9 @@ class Scorer:
         """
         inputs = hashlib.sha256(f"{self.evaluator.fingerprint(ATTRIBUTION, 'search')}/{start}/{priced}".encode())
         keys = [TrialKey(ATTRIBUTION, layout, "search", inputs.hexdigest()) for layout in layouts]
-        trials = self._trials(keys, lambda missing: self.evaluator.attribute(start, missing, priced, progress), {})
+        trials = self._trials(
+            keys, lambda some: self.evaluator.attribute(start, [layouts[n] for n in some], priced, progress)
+        )
         found = []
         for layout, trial in zip(layouts, trials, strict=True):
             score = None
@@ -123,15 +122,19 @@ class Scorer:
     def _trials(
         self,
         keys: Sequence[TrialKey],
-        compute: Callable[[Sequence[Layout]], Iterable[Finished]],
-        scalars: dict[str, int],
+        compute: Callable[[Sequence[int]], Iterable[Finished]],
+        scalars: Sequence[dict[str, int]] = (),
     ) -> list[Trial]:
-        """The trial of each key, computed where the ledger has none."""
-        missing = [key for key in dict.fromkeys(keys) if self.ledger.find(key) is None]
+        """The trial of each key. compute: of those keys (by number) that the ledger has none of. scalars: more to keep
+        with each."""
+        first = {key: number for number, key in reversed(list(enumerate(keys)))}
+        missing = [number for key, number in reversed(first.items()) if self.ledger.find(key) is None]
         if missing:
-            for done in compute([key.layout for key in missing]):
-                result = TrialResult({**done.scalars, **scalars}, done.arrays, done.layer_forwards)
-                self.ledger.record(missing[done.number], result, done.seconds)
+            for done in compute(missing):
+                number = missing[done.number]
+                more = scalars[number] if scalars else {}
+                result = TrialResult({**done.scalars, **more}, done.arrays, done.layer_forwards)
+                self.ledger.record(keys[number], result, done.seconds)
         found = []
         for key in keys:
             trial = self.ledger.find(key)

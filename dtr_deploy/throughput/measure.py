@@ -130,7 +130,7 @@ class ThroughputMeter:
     """`compare_with_base`, remembered in the ledger: layouts with the same counts are measured once, by one stand-in.
 
     inputs: hash of what the numbers depend on besides layout and workload (backbone, engine, precision, versions).
-    stand_in: of a layout, the one to measure; the identity measures each as it is.
+    stand_in: of a layout, the one to measure; the identity measures each as it is. compare: who measures.
     """
 
     kind = "throughput"
@@ -145,16 +145,18 @@ class ThroughputMeter:
         max_open: int = 2,
         progress: Progress | None = None,
         stand_in: Callable[[Layout], Layout] = stand_in_of,
+        compare: Callable[..., Iterator[Comparison]] = compare_with_base,
     ) -> None:
         self.factory, self.workload, self.ledger, self.inputs = factory, workload, ledger, inputs
         self.repeats, self.max_open, self.progress, self.stand_in = repeats, max_open, progress, stand_in
+        self._compare_with_base = compare
 
     def compare(self, layouts: Sequence[Layout]) -> list[Comparison]:
         """One comparison per layout, in order; only those not in the ledger are measured, together."""
         stand_ins = [self.stand_in(layout) for layout in layouts]
         missing = [s for s in dict.fromkeys(stand_ins) if self._stored(s) is None]
-        measured = compare_with_base(self.factory, missing, self.workload, self.repeats, self.max_open, self.progress)
-        for comparison in measured:
+        how = self.workload, self.repeats, self.max_open, self.progress
+        for comparison in self._compare_with_base(self.factory, missing, *how):
             a_round = comparison.base.end_to_end_seconds + comparison.hybrid.end_to_end_seconds
             seconds = comparison.base.repeats * a_round
             self.ledger.record(self._key(comparison.layout), TrialResult(comparison.to_dict()), seconds)

@@ -1,0 +1,212 @@
+"""Stage 2 on a cluster: parts of scores, screenings and attribution's batches, each computed by one of many replicas.
+
+A replica is a `ModelEvaluator` in a worker. The same part of a split goes to the same replicas, which keep hidden
+states of it between layers; several layouts on one part are dealt among the replicas of that part, neighbours in the
+tree together. A replica that is lost is made again and repeats what it was doing; results are written down by the
+process that searches, so nothing else is lost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from dtr_deploy.cluster.workers import Source, Workers, load, results, use_cores
+from dtr_deploy.errors import UsageError
+from dtr_deploy.hybrid.layout import Layout
+from dtr_deploy.hybrid.model import Twins
+from dtr_deploy.search.attribution import Swap
+from dtr_deploy.search.attribution_runs import Unit, UnitResult
+from dtr_deploy.search.evaluator import Finished
+from dtr_deploy.search.model_evaluator import ModelEvaluator
+from dtr_deploy.search.objective import Screening
+from dtr_deploy.search.problem import BatchProgress, Candidate
+from dtr_deploy.tasks.base import Split, Task, TaskScore
+from dtr_deploy.tasks.divergence import Divergence
+
+Call = tuple[int, str, tuple[Any, ...]]
+"""A replica's number, a method of `Replica`, its arguments."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a replica is made from: `ModelEvaluator`'s arguments, twins as numpy arrays."""
+
+    source: Source
+    twins: Mapping[tuple[int, str], Mapping[str, np.ndarray]]
+    window: int
+    tasks: Sequence[Task]
+    divergence: Divergence
+    recall: Sequence[Task]
+    models_hash: str
+    precision: str
+    cpus: int
+
+
+class Replica:
+    """A `ModelEvaluator` in a worker."""
+
+    def __init__(self, made: Made) -> None:
+        use_cores(made.cpus)
+        # Arrays from the object store are shared and cannot be written.
+        twins = {key: {n: torch.from_numpy(x.copy()) for n, x in twin.items()} for key, twin in made.twins.items()}
+        self.evaluator = ModelEvaluator(
+            load(made.source).model,
+            twins,
+            made.window,
+            made.tasks,
+            made.divergence,
+            made.recall,
+            made.models_hash,
+            precision=made.precision,
+        )
+
+    def arithmetic(self) -> str:
+        """What its numbers depend on besides the models."""
+        return self.evaluator.arithmetic
+
+    def score(self, layouts: Sequence[Layout], split: Split, part: int) -> list[Finished]:
+        return list(self.evaluator.score_part(layouts, split, part))
+
+    def screen(self, layouts: Sequence[Layout]) -> list[Finished]:
+        return list(self.evaluator.screen(layouts))
+
+    def attribute(self, start: Layout, swaps: Sequence[Swap], unit: Unit) -> UnitResult:
+        return self.evaluator.attribute_unit(start, swaps, unit)
+
+
+class ClusterEvaluator:
+    """`Evaluator` by replicas of `local`, which itself runs no model.
+
+    Raises `UsageError` where workers would compute in different precisions.
+    """
+
+    def __init__(self, workers: Workers, source: Source, local: ModelEvaluator, twins: Twins, precision: str) -> None:
+        import ray
+
+        self.workers, self.local = workers, local
+        arrays = {key: {n: x.detach().cpu().numpy() for n, x in twin.items()} for key, twin in twins.items()}
+        made = Made(
+            source,
+            arrays,
+            local.pool.window,
+            local.tasks,
+            local.divergence,
+            local.recall,
+            local.models_hash,
+            precision,
+            workers.cpus,
+        )
+        # Ray forgets large arguments of its own accord; a replica that is made again needs this one.
+        self._made = ray.put(made)
+        replica = workers.actor(Replica)
+        self.replicas = [replica.remote(self._made) for _ in range(workers.count)]
+        found = {text for _, text in self._run([(n, "arithmetic", ()) for n in range(workers.count)])}
+        if len(found) > 1:
+            self.close()
+            raise UsageError(
+                f"cluster: its workers compute differently ({', '.join(sorted(found))}); name search.precision, "
+                "or take nodes of one kind"
+            )
+        local.arithmetic = found.pop()
+
+    def close(self) -> None:
+        """Give the workers back."""
+        import ray
+
+        for replica in self.replicas:
+            ray.kill(replica)
+        self.replicas = []
+
+    def __enter__(self) -> ClusterEvaluator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- what runs models
+
+    def score(self, wanted: Sequence[tuple[Layout, int]], split: Split) -> Iterator[Finished]:
+        """See `Evaluator`."""
+        parts = sorted({part for _, part in wanted})
+        calls: list[Call] = []
+        numbers: list[list[int]] = []
+        for part in parts:
+            mine = [number for number, (_, its) in enumerate(wanted) if its == part]
+            for place, some in enumerate(self._shares([wanted[n][0] for n in mine], len(parts))):
+                numbers.append([mine[index] for index in some])
+                worker = (part + place * self.local.parts(split)) % len(self.replicas)
+                calls.append((worker, "score", ([wanted[n][0] for n in numbers[-1]], split, part)))
+        yield from self._finished(calls, numbers)
+
+    def screen(self, layouts: Sequence[Layout]) -> Iterator[Finished]:
+        """See `Evaluator`."""
+        shares = self._shares(layouts, 1)
+        calls = [(n, "screen", ([layouts[index] for index in share],)) for n, share in enumerate(shares)]
+        yield from self._finished(calls, shares)
+
+    def attribute(
+        self, start: Layout, layouts: Sequence[Layout], priced: bool, progress: BatchProgress | None = None
+    ) -> Iterator[Finished]:
+        """See `Evaluator`."""
+        return self.local.attribute(start, layouts, priced, progress, self._units)
+
+    def _units(self, start: Layout, swaps: Sequence[Swap], units: Sequence[Unit]) -> Iterator[tuple[int, UnitResult]]:
+        count = len(self.replicas)
+        yield from self._run([(n % count, "attribute", (start, swaps, unit)) for n, unit in enumerate(units)])
+
+    def _shares(self, layouts: Sequence[Layout], parts: int) -> list[list[int]]:
+        """Numbers of layouts, dealt among the replicas that a part has, neighbours together."""
+        order = sorted(range(len(layouts)), key=lambda number: [form or "" for form in layouts[number]])
+        count = min(len(order), max(1, len(self.replicas) // parts))
+        size = math.ceil(len(order) / count)
+        return [order[first : first + size] for first in range(0, len(order), size)]
+
+    def _finished(self, calls: Sequence[Call], numbers: Sequence[Sequence[int]]) -> Iterator[Finished]:
+        """Layouts of each call under their own numbers. Seconds are those of the search, in which replicas work side by
+        side."""
+        busy = len({worker for worker, _, _ in calls})
+        for call, found in self._run(calls):
+            for done in found:
+                yield replace(done, number=numbers[call][done.number], seconds=done.seconds / busy)
+
+    def _run(self, calls: Sequence[Call]) -> Iterator[tuple[int, Any]]:
+        """(number of the call, its result) as they end."""
+        yield from results([getattr(self.replicas[n], method).remote(*arguments) for n, method, arguments in calls])
+
+    # --- what does not
+
+    @property
+    def layers(self) -> int:
+        return self.local.layers
+
+    @property
+    def candidates(self) -> Sequence[Candidate]:
+        return self.local.candidates
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return self.local.weights
+
+    @property
+    def attributable(self) -> bool:
+        return self.local.attributable
+
+    def parts(self, split: Split) -> int:
+        return self.local.parts(split)
+
+    def interpret(
+        self, split: Split, raw: Sequence[tuple[Mapping[str, np.ndarray], Mapping[str, Any]]]
+    ) -> list[TaskScore]:
+        return self.local.interpret(split, raw)
+
+    def screening(self, layout: Layout, scalars: Mapping[str, Any]) -> Screening:
+        return self.local.screening(layout, scalars)
+
+    def fingerprint(self, kind: str, split: Split, part: int = 0) -> str:
+        return self.local.fingerprint(kind, split, part)

@@ -1,0 +1,292 @@
+"""Two Ray nodes on this machine: stages 1 and 2 on them give what one process gives, also when workers are killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+
+from dtr_deploy import layout_search, pipeline
+from dtr_deploy.cluster import distill as cluster_distill
+from dtr_deploy.cluster.evaluator import ClusterEvaluator
+from dtr_deploy.cluster.measure import Served, compare_on
+from dtr_deploy.cluster.workers import RETRIES, Source, connected, results
+from dtr_deploy.distill.stage import SUMMARY
+from dtr_deploy.engines.base import Workload
+from dtr_deploy.errors import DtrError, UsageError
+from dtr_deploy.hybrid.backbone import load_backbone
+from dtr_deploy.pipeline import build
+from dtr_deploy.progress import QuietProgress
+from dtr_deploy.recipe import load_recipe
+from dtr_deploy.recipe_sections import Cluster as Settings
+from dtr_deploy.run_dir import RunDir
+from dtr_deploy.search.evaluator import ATTRIBUTION, SCORE, SCREEN
+from dtr_deploy.search.ledger import Ledger
+from tests.product.killable_build import timed_opener
+from tests.tiny import tiny_backbone, tiny_tokenizer
+
+pytestmark = pytest.mark.slow
+
+RECIPE = """\
+name: NAME
+model: {folder}/model
+corpus: [pydoc]
+forms: [gated_deltanet, gla]
+window: 8
+distill: {{tokens: 6_144, sequence_length: 128, held_out: 4, layers: {{exclude: [0]}}}}
+tasks:
+  - {{name: recall, synthetic: needle, lengths: [160], items: 8}}
+target: {{engine: ort, precision: int4, workload: {{prompt: 64, output: 8}}, speedup: 1.1}}
+search:
+  max_score_loss: 0.5
+  repeats: 1
+  screen: {{sequences: 4, recall: [needle], recall_items: 2, recall_length: 160}}
+export: {{onnx: {{precision: int4}}}}
+cluster: CLUSTER
+"""
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """Of a cluster of two nodes with one core each."""
+    options = {"num_cpus": 1, "object_store_memory": 100 << 20}
+    with pytest.MonkeyPatch.context() as patch:
+        # Ray's workers give way to everything else on a machine, and the other tests leave nothing over.
+        patch.setenv("RAY_worker_niceness", "0")
+        two = Cluster(initialize_head=True, head_node_args=options)
+        two.add_node(**options)
+        yield two.address
+        ray.shutdown()
+        two.shutdown()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cluster")
+    tiny_backbone(layers=5).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> RunDir:
+    """Built in this process, with one thread, as a worker has. How fast layouts are is set by hand."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout_search, "layout_opener", timed_opener)
+        torch.set_num_threads(1)
+        try:
+            return run(folder, "alone", "none")
+        finally:
+            torch.set_num_threads(threads)
+
+
+def run(folder: Path, name: str, cluster: str, until: str = "hybrid") -> RunDir:
+    recipe = folder / f"{name}.yaml"
+    recipe.write_text(RECIPE.format(folder=folder).replace("NAME", name).replace("CLUSTER", cluster))
+    opened = RunDir(folder / name)
+    build(load_recipe(recipe), opened, Told(), until)
+    return RunDir(folder / name)
+
+
+class Told(QuietProgress):
+    """Keeps what it is told."""
+
+    lines: list[str]
+
+    def __init__(self) -> None:
+        super().__init__()
+        Told.lines = []
+
+    def line(self, text: str) -> None:
+        Told.lines.append(text)
+
+
+def with_measurements_of(alone: RunDir, run: RunDir) -> None:
+    """Timings differ from run to run, so the other one's are taken over."""
+    shutil.copy(alone.path / "ledger.sqlite", run.path / "ledger.sqlite")
+    with closing(sqlite3.connect(run.path / "ledger.sqlite")) as ledger:
+        ledger.execute("DELETE FROM arrays WHERE trial IN (SELECT id FROM trials WHERE kind != 'throughput')")
+        ledger.execute("DELETE FROM trials WHERE kind != 'throughput'")
+        ledger.execute("DELETE FROM steps")
+        ledger.commit()
+
+
+def trials(run: RunDir, kind: str) -> dict[tuple[Any, ...], tuple[str, dict[str, np.ndarray]]]:
+    """Scalars and arrays of all trials of a kind, by what they were of."""
+    with Ledger(run.path / "ledger.sqlite") as ledger:
+        found = [ledger.find(trial.key) for trial in ledger.trials(kind)]
+    return {
+        (t.key.layout, t.key.split, t.key.inputs): (repr(sorted(t.scalars.items())), dict(t.arrays)) for t in found if t
+    }
+
+
+def assert_same(alone: RunDir, other: RunDir) -> None:
+    """Weights to the bit; scores, screenings and estimates to the bit; every step, and the layout."""
+    ours, theirs = other.stages, alone.stages
+    weights = {name: x for name, x in theirs["distill"].artefacts.items()}
+    assert weights and ours["distill"].artefacts == weights
+    for kind in (SCORE, SCREEN, ATTRIBUTION):
+        found, expected = trials(other, kind), trials(alone, kind)
+        assert found.keys() == expected.keys() and (found or kind == SCREEN), kind
+        for key, (scalars, arrays) in expected.items():
+            assert found[key][0] == scalars
+            assert found[key][1].keys() == arrays.keys()
+            for name, array in arrays.items():
+                np.testing.assert_array_equal(found[key][1][name], array)
+    assert ours["search"].result == theirs["search"].result
+    assert any(form is not None for form in ours["search"].result["layout"])
+    assert ours["hybrid"].artefacts == theirs["hybrid"].artefacts
+
+
+def test_a_build_on_two_nodes_is_that_of_one_process(address: str, folder: Path, alone: RunDir) -> None:
+    twins = run(folder, "both", address, until="distill")
+    assert "cluster: 2 workers with 1 cores each" in Told.lines
+    with_measurements_of(alone, twins)
+    assert_same(alone, run(folder, "both", address))
+    left = {path.name for path in (folder / "both" / "distilled").iterdir()}
+    assert left == {path.name for path in (alone.path / "distilled").iterdir()}, "nothing half-way stays behind"
+
+
+def test_workers_that_are_killed_change_nothing(
+    address: str, folder: Path, alone: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed: list[str] = []
+
+    def kill_one(name: str) -> None:
+        """The first process of Ray that runs `name`, with SIGKILL."""
+        for place in Path("/proc").glob("[0-9]*"):
+            title = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode() if place.is_dir() else ""
+            if title.startswith(f"ray::{name}"):
+                os.kill(int(place.name), signal.SIGKILL)
+                killed.append(name)
+                return
+
+    class Killing(Told):
+        """Kills a worker when a group of twins is half trained."""
+
+        def advance(self, amount: float = 1, note: str = "", total: float | None = None) -> None:
+            if "relative error" in note and not killed:
+                kill_one("_train")
+
+        def bar(self, what: str, total: float | None = None) -> Any:
+            from contextlib import nullcontext
+
+            return nullcontext(self)
+
+    recipe = folder / "killed.yaml"
+    recipe.write_text(RECIPE.format(folder=folder).replace("NAME", "killed").replace("CLUSTER", address))
+    build(load_recipe(recipe), RunDir(folder / "killed"), Killing(), "distill")
+    assert killed == ["_train"]
+    with_measurements_of(alone, RunDir(folder / "killed"))
+
+    run_calls = ClusterEvaluator._run
+    moments = iter([0, 1, 1, 0, 1])
+
+    def killing(evaluator: ClusterEvaluator, calls: Any) -> Iterator[tuple[int, Any]]:
+        """Kills a replica that has calls to answer."""
+        if calls[0][1] in ("score", "attribute") and next(moments, 0):
+            pid = ray.get(evaluator.replicas[0].__ray_call__.remote(lambda replica: os.getpid()))
+            os.kill(pid, signal.SIGKILL)
+            killed.append(calls[0][1])
+        yield from run_calls(evaluator, calls)
+
+    monkeypatch.setattr(ClusterEvaluator, "_run", killing)
+    finished = run(folder, "killed", address)
+    assert "score" in killed and "attribute" in killed
+    assert_same(alone, finished)
+
+
+def test_what_groups_finished_is_not_trained_again(address: str, folder: Path, alone: RunDir) -> None:
+    """As after a kill of the building process between two groups."""
+    out = folder / "rest"
+    shutil.copytree(alone.path / "distilled", out)
+    reports = {(r["layer"], r["form"]): r for r in alone.stages["distill"].result["reports"]}
+    for (layer, form), report in reports.items():
+        file = cluster_distill.twin_file(out, layer, form)
+        if layer == 3:
+            file.unlink()
+            continue
+        note = {"report": report, "tokens": 1, "seconds": 0.0}
+        cluster_distill.write_text(cluster_distill._note(out, (layer, form)), cluster_distill.json.dumps(note))
+    (out / SUMMARY).unlink()
+    job = pipeline.Build(load_recipe(folder / "alone.yaml"), RunDir(folder / "alone"), QuietProgress())
+    settings = cluster_distill.DistillSettings(tokens=6_144, batch_size=1)
+    trained: list[int] = []
+    with connected(Settings(address=address), lambda text: None) as workers:
+        assert workers is not None
+        source = Source.of(job.backbone)
+        result = cluster_distill.distill_on(
+            workers, source, job.corpus.train, job.corpus.held_out, job.recipe.forms, job.layers, 8, settings, out,
+            lambda done, total, message: trained.append(total),
+        )  # fmt: skip
+    assert {(r.layer, r.form) for r in result.reports} == set(reports)
+    steps = 6_144 // 128
+    assert set(trained) <= {steps, 2 * steps}, "at most two groups, of one layer's forms"
+    for file in (alone.path / "distilled").glob("layer03*"):
+        assert (out / file.name).read_bytes() == file.read_bytes()
+
+
+def test_layouts_are_measured_by_machines(address: str, folder: Path) -> None:
+    backbone = load_backbone(str(folder / "model"))
+    layouts = [("gla", None, None, None, None), ("gla", "gla", "gla", None, None)]
+    workload = Workload(64, 8)
+    with connected(Settings(address=address), lambda text: None) as workers:
+        assert workers is not None
+        measure = compare_on(workers, Source.of(backbone), Served(8, "ort", "fp32", 72))
+        found = list(measure(None, layouts, workload, 1, 2))
+    assert [comparison.layout for comparison in found] == layouts
+    assert all(comparison.speedup > 0 and comparison.base.engine == "genai" for comparison in found), found
+
+
+def test_errors_arrive_as_they_were_raised(address: str, folder: Path) -> None:
+    def refuse() -> None:
+        raise UsageError("not like this")
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with connected(Settings(address=address), lambda text: None) as workers:
+        assert workers is not None
+        with pytest.raises(UsageError, match=r"^not like this$"):
+            list(results([workers.task(refuse).remote()]))
+        with pytest.raises(DtrError, match=f"lost its worker {RETRIES + 1} times"):
+            list(results([workers.task(die).remote()]))
+        other = Source(str(folder / "model"), None, False, "another fingerprint")
+        with pytest.raises(UsageError, match="is another one on the node"):
+            list(results([workers.task(loading(other)).remote()]))
+
+
+def loading(source: Source) -> Callable[[], None]:
+    def load_it() -> None:
+        from dtr_deploy.cluster.workers import load
+
+        load(source)
+
+    return load_it
+
+
+def test_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    with connected(Settings(), told.append) as workers:
+        assert workers is None and told == []
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("dtr_deploy.cluster.workers.find_spec", lambda name: None)
+    with connected(Settings(address="auto"), told.append) as workers:
+        assert workers is None and "ray is not installed" in told[0]
+    with (
+        pytest.raises(UsageError, match=r"dtr-deploy\[cluster\]"),
+        connected(Settings(address="1.2.3.4:5"), told.append),
+    ):
+        pass

@@ -1,0 +1,61 @@
+"""How a cluster's room and a stage's work are divided. No cluster is started."""
+
+from typing import Any
+
+import pytest
+
+from dtr_deploy.cluster.distill import TWIN_PASSES, Group, groups
+from dtr_deploy.cluster.workers import Workers, room
+from dtr_deploy.errors import UsageError
+from dtr_deploy.recipe_sections import Cluster
+
+
+def nodes(*resources: dict[str, float]) -> list[dict[str, Any]]:
+    return [{"Alive": True, "Resources": found} for found in resources]
+
+
+@pytest.mark.parametrize(
+    ("resources", "settings", "expected"),
+    [
+        ([{"CPU": 1.0}, {"CPU": 1.0}], {}, Workers(2, 1, 0.0)),
+        ([{"CPU": 16.0}, {"CPU": 16.0}], {}, Workers(2, 16, 0.0)),
+        ([{"CPU": 16.0}], {"cpus": 4}, Workers(4, 4, 0.0)),
+        ([{"CPU": 64.0, "GPU": 8.0}] * 8, {}, Workers(64, 8, 1.0)),
+        ([{"CPU": 64.0, "GPU": 8.0}] * 8, {"workers": 10}, Workers(10, 8, 1.0)),
+        ([{"CPU": 64.0, "GPU": 8.0}], {"gpus": 2}, Workers(4, 16, 2.0)),
+        # A head node without GPUs gets no workers where the others have some.
+        ([{"CPU": 8.0}, {"CPU": 32.0, "GPU": 4.0}], {}, Workers(4, 8, 1.0)),
+        ([{"CPU": 8.0}, {"CPU": 32.0, "GPU": 4.0}], {"gpus": 0}, Workers(5, 8, 0.0)),
+    ],
+)
+def test_room(resources: list[dict[str, float]], settings: dict[str, Any], expected: Workers) -> None:
+    assert room(nodes(*resources), Cluster(**settings)) == expected
+
+
+def test_no_room() -> None:
+    with pytest.raises(UsageError, match=r"cluster.cpus: no node has 8 cores; accepted: at most 4"):
+        room(nodes({"CPU": 4.0}), Cluster(cpus=8))
+    with pytest.raises(UsageError, match=r"cluster.gpus: no node has 1 GPUs"):
+        room(nodes({"CPU": 4.0}), Cluster(gpus=1))
+    with pytest.raises(UsageError, match="no node of it has a CPU"):
+        room([{"Alive": False, "Resources": {"CPU": 4.0}}], Cluster())
+
+
+def cost(group: Group) -> float:
+    return group.layers[-1] + 1 + TWIN_PASSES * len(group.keys)
+
+
+@pytest.mark.parametrize(("layers", "forms", "workers"), [(30, 1, 2), (30, 2, 7), (32, 3, 64), (3, 2, 8), (1, 1, 4)])
+def test_groups_are_all_twins_in_shares_of_equal_work(layers: int, forms: int, workers: int) -> None:
+    names = ["gated_deltanet", "gla", "jet"][:forms]
+    found = groups(range(layers), names, workers)
+    keys = [key for group in found for key in group.keys]
+    assert sorted(keys) == sorted((layer, form) for layer in range(layers) for form in names)
+    assert len(found) <= workers
+    if workers <= layers:
+        assert len(found) == workers
+        # A layer more or less is all that shares differ by.
+        assert max(map(cost, found)) <= min(map(cost, found)) + (TWIN_PASSES + 1) * forms
+    alone = cost(groups(range(layers), names, 1)[0])
+    if layers >= 2 * workers:
+        assert max(map(cost, found)) <= 1.25 * alone / workers + TWIN_PASSES * forms + layers
