@@ -68,7 +68,7 @@ def choose_layout(
             layers = sorted({layer for layer, _ in twins})
             cost = throughput_curve(recipe, backbone, layers, ledger, report, workers)
         _tell(cost, progress)
-        with CountingBar(progress, "search") as report, _replicated(evaluator, recipe, backbone, twins, workers) as who:
+        with CountingBar(progress, "search") as report, replicated(evaluator, recipe, backbone, twins, workers) as who:
             return search_layout(
                 Scorer(who, ledger),
                 cost,
@@ -81,7 +81,7 @@ def choose_layout(
             )
 
 
-def _replicated(
+def replicated(
     evaluator: ModelEvaluator,
     recipe: Recipe,
     backbone: Backbone,

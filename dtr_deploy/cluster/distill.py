@@ -13,7 +13,8 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -204,14 +205,20 @@ def _train(
             told = time.monotonic()
             tally.tell.remote(number, done, steps, message)
 
-    backbone = load(source).model
-    folder, mark = Path(shared[0]), shared[1]
-    with tempfile.TemporaryDirectory(prefix="dtr-twins-") as scratch:
-        work = Path(scratch)
-        if (folder / MARK).is_file() and (folder / MARK).read_text() == mark:
-            # What is half-way stays where the worker that takes over finds it.
-            work = folder / f"{HALF_WAY}{hashlib.sha256(repr(group).encode()).hexdigest()[:16]}"
-        result = distill(backbone, sequences, held_out, group.forms, group.layers, window, settings, work, progress)
+    backbone, text = load(source).model, (sequences, held_out)
+    with _place(group, Path(shared[0]), shared[1]) as work:
+        result = distill(backbone, *text, group.forms, group.layers, window, settings, work, progress)
         weights = load_twins(result.files)
         reports = {(report.layer, report.form): report.to_dict() for report in result.reports}
     return weights, reports, result.tokens, result.seconds
+
+
+@contextmanager
+def _place(group: Group, folder: Path, mark: str) -> Iterator[Path]:
+    """Where a worker keeps what is half-way: in the run's folder, where the worker that takes over finds it, or, if it
+    does not see that, in one of its own."""
+    if (folder / MARK).is_file() and (folder / MARK).read_text() == mark:
+        yield folder / f"{HALF_WAY}{hashlib.sha256(repr(group).encode()).hexdigest()[:16]}"
+        return
+    with tempfile.TemporaryDirectory(prefix="dtr-twins-") as scratch:
+        yield Path(scratch)

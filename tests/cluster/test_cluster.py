@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -10,13 +11,16 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import ray
 import torch
 from ray.cluster_utils import Cluster
+from typer.testing import CliRunner
 
+from benchmarks import cluster as benchmark
 from dtr_deploy import layout_search, pipeline
 from dtr_deploy.cluster import distill as cluster_distill
 from dtr_deploy.cluster.evaluator import ClusterEvaluator
@@ -248,6 +252,22 @@ def test_layouts_are_measured_by_machines(address: str, folder: Path) -> None:
         found = list(measure(None, layouts, workload, 1, 2))
     assert [comparison.layout for comparison in found] == layouts
     assert all(comparison.speedup > 0 and comparison.base.engine == "genai" for comparison in found), found
+
+
+def test_the_benchmark_compares_both_ways(address: str, folder: Path, tmp_path: Path) -> None:
+    recipe, file = tmp_path / "recipe.yaml", tmp_path / "rows.json"
+    recipe.write_text(RECIPE.format(folder=folder).replace("NAME", "timed").replace("CLUSTER", "none"))
+    threads = torch.get_num_threads()
+    with patch.dict(os.environ):
+        done = CliRunner().invoke(
+            benchmark.app,
+            ["--recipe", str(recipe), "--tokens", "1024", "--address", address, "--workers", "1", "--json", str(file)],
+        )
+    torch.set_num_threads(threads)
+    assert done.exit_code == 0, done.output
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["stage"] for row in rows] == ["distill", "search"] and all(row["same"] for row in rows)
+    assert "| both | median |" in done.output
 
 
 def test_errors_arrive_as_they_were_raised(address: str, folder: Path) -> None:
