@@ -72,11 +72,15 @@ class Build:
 
     def prepare(self) -> None:
         """Refuse what cannot work before anything expensive starts."""
+        from dtr_deploy.layout_search import recall_screen
         from dtr_deploy.plan import check_disk, check_engines
 
         check_engines(self.recipe)
         self.recipe.check_layers(self.backbone.layers)
-        self.tasks  # noqa: B018  a task that cannot be built is refused now, not after distillation
+        # A task that cannot be built is refused now, not after distillation.
+        self.tasks  # noqa: B018
+        for task in recall_screen(self.recipe, self.backbone):
+            task.requests("search")
         check_disk(self.recipe, self.run, self.backbone.model.config)
         write_atomically(
             self.run.path / RECIPE_COPY, json.dumps(self.recipe.model_dump(mode="json"), indent=1).encode()

@@ -1,9 +1,10 @@
 """`python -m benchmarks.studies.twins`: what each part of a twin and of its training buys.
 
 Every variant is trained on the same tokens and judged twice: by the relative error of its layers on held-out text, and
-by what hybrids of many of them score. Layouts are the same for all variants, those that racing finds with the
-calibrated twins on the search split; scores are of the confirm split. Controls come first: the layers left out, and the
-teacher's own window without anything beside it. What is finished is kept in --out and not computed again.
+by what hybrids of many of them score. Layouts are the same for all variants and budgets: those that racing finds with
+the calibrated twins of the first budget on the search split. Scores are of the confirm split. Controls come first: the
+layers left out, and the teacher's own window without anything beside it. What is finished is kept in --out and not
+computed again.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ def _run(setting: Setting, folder: Path) -> list[dict[str, Any]]:
 
     backbone, chosen = setting.backbone.model, setting.variants
     trained = {variant.name: _train(setting, variant, folder) for variant in chosen}
-    layouts = _layouts(setting, trained[CALIBRATED].twins, folder / "layouts.sqlite")
+    layouts = _kept_layouts(setting, trained[CALIBRATED].twins, folder)
     for variant in chosen:
         if variant.heal == LAYOUT:
             for count, layout in layouts.items():
@@ -254,6 +255,21 @@ def _heal_layout(setting: Setting, trained: Trained, layout: Layout, folder: Pat
             folder / f"healed_{count}", layout, report,
         )  # fmt: skip
     return load_twins(healed.files), healed.seconds
+
+
+def _kept_layouts(setting: Setting, twins: Any, folder: Path) -> dict[int, Layout]:
+    """`_layouts`, found once for all budgets."""
+    from dtr_deploy.run_dir import write_atomically
+
+    file = folder.parent / "layouts.json"
+    asked = [setting.form, list(setting.counts)]
+    if file.is_file():
+        found = json.loads(file.read_text())
+        if found["asked"] == asked:
+            return {int(count): tuple(layout) for count, layout in found["layouts"].items()}
+    layouts = _layouts(setting, twins, folder / "layouts.sqlite")
+    write_atomically(file, json.dumps({"asked": asked, "layouts": layouts}, indent=1).encode())
+    return layouts
 
 
 def _layouts(setting: Setting, twins: Any, file: Path) -> dict[int, Layout]:

@@ -65,9 +65,10 @@ def _page(
         "",
         "Error: |y - y'|^2 / |y|^2 of a layer's attention output on held-out text, mean (and largest) over layers.",
         "Other columns: the hybrid with that many layers replaced, the same ones in every row, those that racing chose",
-        "with the calibrated twins on the search split; the mean of the tasks and each task's, and its paired",
-        "difference to the base with the 95% interval; on held-out text KL(teacher || hybrid), nats a token, and",
-        "perplexity. Healed twins are trained on half as many tokens again, which their row's seconds include.",
+        "with the calibrated twins of the first budget on the search split; the mean of the tasks and each task's, and",
+        "its paired difference to the base with the 95% interval; on held-out text KL(teacher || hybrid), nats a",
+        "token, and perplexity. Healed twins are trained on half as many tokens again, which their row's seconds",
+        "include.",
         "Student prefix: in the second half of training, twins see what a hybrid of all twins hands them. Heal of the",
         "layout: that layout's own twins, in it alone.",
     ]

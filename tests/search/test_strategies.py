@@ -395,6 +395,14 @@ def test_goal_score_reaches_a_time_to_first_token_and_no_more():
     assert problem.committed.replaced == 8
 
 
+def test_goal_throughput_pays_for_a_bound_on_the_cache_with_time_where_it_must():
+    """Replaced layers are slower here, and yet only they keep the bound; no more of them than it takes."""
+    harm = {(layer, "gla"): (1, 1) for layer in range(16)}
+    objective = Objective(Targets(cache_bytes=120 << 20), max_score_loss=0.05)  # 10 MiB a layer
+    problem = solve(Racing(), PlantedEvaluator(16, harm), objective, cost=LinearCost(saving=-0.01))
+    assert objective.choose(list(problem.visits.values())).replaced == 4
+
+
 def test_the_upper_bound_of_the_loss_allows_less():
     rng = np.random.default_rng(3)
     harm = {(layer, "gla"): (int(rng.integers(0, 3)), int(rng.integers(0, 3))) for layer in range(16)}

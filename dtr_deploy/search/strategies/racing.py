@@ -157,12 +157,13 @@ class _Walk:
     # --- what is raced
 
     def _ahead(self) -> list[Candidate]:
-        """The best candidate of every remaining layer, in order; empty if no number of further layers is better."""
+        """The best candidate of every remaining layer, in order; empty if all targets are met and no number of further
+        layers is faster."""
         problem, objective = self.problem, self.problem.objective
         ahead = one_per_layer(self.remaining)
         if problem.room <= 0:
             return []
-        if objective.goal == "throughput":
+        if objective.goal == "throughput" and objective.targets.met(problem.committed.performance):
             now = objective.burden(problem.cost.predicted(problem.committed.layout))
             if min(self._burdens(ahead), default=math.inf) >= now * (1 - _SAME):
                 return []
