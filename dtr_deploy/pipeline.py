@@ -402,7 +402,7 @@ class Build:
         )
 
         def work(folder: Path) -> tuple[list[Path], dict[str, Any]]:
-            from dtr_deploy.export.huggingface import write_model_card
+            from dtr_deploy.export.model_card import write_model_card
             from dtr_deploy.report.collect import collect_report
             from dtr_deploy.report.page import PAGE, page
             from dtr_deploy.report.schema import REPORT

@@ -88,5 +88,6 @@ app.command(epilog=EXIT_CODES, short_help="Measure a run's throughput again.")(r
 app.command(short_help="A run's report as tables.")(runs.show)
 app.command(short_help="A run's report as one HTML file.")(runs.report)
 app.command(short_help="Runs side by side.")(runs.compare)
+app.command(short_help="Publish a run on the Hugging Face hub.")(runs.push)
 app.command(short_help="What this machine has: devices and engines.")(machine.doctor)
 app.command(short_help="The JSON Schema of recipes, for editors.")(machine.schema)

@@ -127,6 +127,46 @@ def compare(
             terminal.show(comparison(found))
 
 
+def push(
+    run: RunFolder,
+    repo_id: Annotated[str, typer.Argument(help="OWNER/NAME on the hub; made if it is not there.", show_default=False)],
+    onnx: Annotated[
+        list[str] | None, typer.Option(help="Also onnx/PRECISION of the run; may be repeated.", show_default=False)
+    ] = None,
+    report: Annotated[bool, typer.Option(help="Also report.json and report.html.")] = True,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private, if it is made now.")] = False,
+    revision: Annotated[str | None, typer.Option(help="A branch, in place of main.")] = None,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "",
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files and send nothing.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Publish a finished run on the Hugging Face hub, in one commit: the checkpoint, its card, the report. Files are
+    compared with the manifest before; log in with `hf auth login` or HF_TOKEN."""
+    with one_line_errors(debug):
+        from dtr_deploy.export.hub import files_to_push
+        from dtr_deploy.export.hub import push as push_files
+        from dtr_deploy.report.tables import new_table
+
+        terminal = Terminal(as_json)
+        opened, _ = open_run(run)
+        with opened.lock():
+            files = files_to_push(opened, onnx or [], report)
+            table = new_table(f"To {repo_id}", "file", "MiB")
+            for name, file in files.items():
+                table.add_row(name, f"{file.stat().st_size / 2**20:,.1f}")
+            terminal.show(table)
+            if dry_run:
+                terminal.answer({"files": {name: file.stat().st_size for name, file in files.items()}})
+                terminal.say("nothing was sent")
+                return
+            done = push_files(files, repo_id, private=private, revision=revision, message=message, create_pr=create_pr)
+        terminal.answer({"url": done.url, "files": done.files})
+        terminal.say(f"pushed: {done.url}")
+        terminal.say(f"serve it where dtr-deploy is installed: vllm serve {repo_id}")
+
+
 def read_report(run: Path) -> Report:
     """The report in a run's folder; raises `UsageError` if there is none."""
     from dtr_deploy.report.schema import REPORT

@@ -20,6 +20,7 @@ RUN_BY = {
     "dtr-deploy init": "tests/product/test_recipe_template.py",
     "dtr-deploy (plan|distill|search|export|build)": "tests/product/test_whole_path.py",
     "dtr-deploy (verify|bench|show|report|compare)": "tests/product/test_whole_path.py",
+    "dtr-deploy push": "tests/product/test_push.py",
     "dtr-deploy quantize": "tests/vllm/test_quantized.py",
     "dtr-deploy schema": "tests/product/test_recipe_schema.py",
     "dtr-deploy doctor": "tests/vllm/test_serving_host.py",

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from dtr_deploy.errors import UsageError
-from dtr_deploy.export.huggingface import model_card
+from dtr_deploy.export.model_card import model_card
 from dtr_deploy.report.collect import _score_row
 from dtr_deploy.report.schema import REPORT, Report, read_report
 from dtr_deploy.report.tables import frontier_table, show
