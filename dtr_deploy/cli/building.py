@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -82,52 +83,30 @@ def plan(recipe: RecipeFile, runs: RunsFolder = Path("runs"), as_json: AsJson = 
         terminal.answer({"name": loaded.name, "stages": stages, "seconds": made.seconds, **sizes})
 
 
-def build(
-    recipe: RecipeFile,
-    runs: RunsFolder = Path("runs"),
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
-) -> None:
-    """Build a recipe: distil, search, export, prove parity, measure, report. Goes on where an earlier build stopped."""
-    _build(recipe, runs, "report", as_json, quiet, verbose, debug)
+def _until(stage: str, words: str) -> Callable[..., None]:
+    """The command that builds up to a stage."""
+
+    def command(
+        recipe: RecipeFile,
+        runs: RunsFolder = Path("runs"),
+        as_json: AsJson = False,
+        quiet: Quiet = False,
+        verbose: Verbose = False,
+        debug: Debug = False,
+    ) -> None:
+        _build(recipe, runs, stage, as_json, quiet, verbose, debug)
+
+    command.__doc__ = words
+    return command
 
 
-def distill(
-    recipe: RecipeFile,
-    runs: RunsFolder = Path("runs"),
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
-) -> None:
-    """Only stage 1: train the twins of the attention layers."""
-    _build(recipe, runs, "distill", as_json, quiet, verbose, debug)
-
-
-def search(
-    recipe: RecipeFile,
-    runs: RunsFolder = Path("runs"),
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
-) -> None:
-    """Up to stage 2: choose which layers to replace."""
-    _build(recipe, runs, "search", as_json, quiet, verbose, debug)
-
-
-def export(
-    recipe: RecipeFile,
-    runs: RunsFolder = Path("runs"),
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
-) -> None:
-    """Up to the exported models, without the parity gate and the throughput table."""
-    _build(recipe, runs, "export", as_json, quiet, verbose, debug)
+build = _until(
+    "report",
+    "Build a recipe: distil, search, export, prove parity, measure, report. Goes on where an earlier build stopped.",
+)
+distill = _until("distill", "Only stage 1: train the twins of the attention layers.")
+search = _until("search", "Up to stage 2: choose which layers to replace.")
+export = _until("export", "Up to the exported models, without the parity gate and the throughput table.")
 
 
 def _build(recipe_file: Path, runs: Path, until: str, as_json: bool, quiet: bool, verbose: bool, debug: bool) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -19,14 +19,8 @@ from dtr_deploy.report.schema import DECISIONS, Report, ThroughputRow
 ENGINE_NAMES = {"ort": "ONNX Runtime", "genai": "ONNX Runtime GenAI", "vllm": "vLLM", "torch": "Hugging Face"}
 
 
-def show(report: Report, console: Console) -> None:
-    """Print all tables of a report; parts that a run does not have are left out."""
-    for part in parts(report):
-        console.print(part)
-        console.print()
-
-
 def parts(report: Report) -> Iterable[RenderableType]:
+    """All tables of a report; parts that a run does not have are left out."""
     yield layout_summary(report)
     if report.scores:
         yield scores_table(report)

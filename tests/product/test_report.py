@@ -10,13 +10,14 @@ from dtr_deploy.errors import UsageError
 from dtr_deploy.export.model_card import model_card
 from dtr_deploy.report.collect import _score_row
 from dtr_deploy.report.schema import REPORT, Report, read_report
-from dtr_deploy.report.tables import frontier_table, show
+from dtr_deploy.report.tables import frontier_table, parts
 from tests.product.reports import small_report
 
 
 def text_of(report: Report) -> str:
     console = Console(width=160, record=True, file=io.StringIO())
-    show(report, console)
+    for part in parts(report):
+        console.print(part)
     return console.export_text()
 
 
