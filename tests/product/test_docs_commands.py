@@ -34,6 +34,7 @@ RUN_BY = {
     "python examples/": "tests/onnx/test_examples.py",
     "python -m benchmarks.(operator|distill)": "tests/benchmarks/test_command_lines.py",
     "python -m benchmarks.scoring": "tests/benchmarks/test_scoring.py",
+    "python -m benchmarks.scale": "tests/benchmarks/test_scale.py",
     "python -m benchmarks.cluster": "tests/cluster/test_cluster.py",
     "python -m benchmarks.studies.twins": "tests/benchmarks/test_twins_study.py",
     "python -m benchmarks.studies.(frontier|selection)": "tests/benchmarks/test_search_studies.py",
