@@ -46,4 +46,4 @@ def _towards_the_site(link: re.Match[str], folder: str) -> str:
 def equation(source: str, *_: Any, **__: Any) -> str:
     """One display equation a line."""
     lines = [line for line in source.splitlines() if line.strip()]
-    return "".join(f'<p class="math">{convert(line, display="block")}</p>' for line in lines)
+    return "".join(f'<p class="math" style="overflow-x: auto">{convert(line, display="block")}</p>' for line in lines)
