@@ -72,10 +72,11 @@ class Build:
 
     def prepare(self) -> None:
         """Refuse what cannot work before anything expensive starts."""
-        from dtr_deploy.layout_search import recall_screen
         from dtr_deploy.plan import check_disk, check_engines
 
         check_engines(self.recipe)
+        from dtr_deploy.layout_search import recall_screen  # needs what has just been checked
+
         self.recipe.check_layers(self.backbone.layers)
         # A task that cannot be built is refused now, not after distillation.
         self.tasks  # noqa: B018
