@@ -129,42 +129,42 @@ def compare(
 
 def push(
     run: RunFolder,
-    repo_id: Annotated[str, typer.Argument(help="OWNER/NAME on the hub; made if it is not there.", show_default=False)],
+    repo_id: Annotated[str, typer.Argument(help="The repository: OWNER/NAME.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Make it a private repository.")] = False,
     onnx: Annotated[
-        list[str] | None, typer.Option(help="Also onnx/PRECISION of the run; may be repeated.", show_default=False)
+        list[str] | None, typer.Option(help="An ONNX export to add, by precision; may be repeated.")
     ] = None,
-    report: Annotated[bool, typer.Option(help="Also report.json and report.html.")] = True,
-    private: Annotated[bool, typer.Option("--private", help="Make the repository private, if it is made now.")] = False,
-    revision: Annotated[str | None, typer.Option(help="A branch, in place of main.")] = None,
-    message: Annotated[str, typer.Option(help="Of the commit.")] = "",
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files and send nothing.")] = False,
-    as_json: AsJson = False,
+    revision: Annotated[str | None, typer.Option(help="A branch, made if missing; main if left out.")] = None,
+    message: Annotated[str | None, typer.Option(help="Message of the commit.", show_default=False)] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose it as a pull request.")] = False,
+    with_report: Annotated[bool, typer.Option("--report/--no-report", help="report.json and report.html.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files, upload nothing.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Publish a finished run on the Hugging Face hub, in one commit: the checkpoint, its card, the report. Files are
-    compared with the manifest before; log in with `hf auth login` or HF_TOKEN."""
-    with one_line_errors(debug):
-        from dtr_deploy.export.hub import files_to_push
-        from dtr_deploy.export.hub import push as push_files
-        from dtr_deploy.report.tables import new_table
+    """Publish a finished run on the Hugging Face Hub: checkpoint, model card and report, in one commit. The token comes
+    from HF_TOKEN or `hf auth login`."""
+    with one_line_errors(debug, f"dtr-deploy push {run} {repo_id}"):
+        from dtr_deploy.export import hub
+        from dtr_deploy.progress import for_terminal
+        from dtr_deploy.run_dir import RunDir
 
-        terminal = Terminal(as_json)
-        opened, _ = open_run(run)
+        to = hub.Destination(repo_id, private, revision, create_pr, **({} if message is None else {"message": message}))
+        to.check()
+        opened, progress = RunDir(run, create=False), for_terminal()
         with opened.lock():
-            files = files_to_push(opened, onnx or [], report)
-            table = new_table(f"To {repo_id}", "file", "MiB")
-            for name, file in files.items():
-                table.add_row(name, f"{file.stat().st_size / 2**20:,.1f}")
-            terminal.show(table)
+            uploads = hub.checked_uploads(opened, hub.finished_report(opened), onnx or [], with_report, progress)
             if dry_run:
-                terminal.answer({"files": {name: file.stat().st_size for name, file in files.items()}})
-                terminal.say("nothing was sent")
+                for upload in uploads:
+                    typer.echo(f"{hub.size_text(upload.bytes):>12}  {upload.path}")
+                total = hub.size_text(sum(upload.bytes for upload in uploads))
+                typer.echo(f"would upload {len(uploads)} files, {total}, to {repo_id}; nothing was sent")
                 return
-            done = push_files(files, repo_id, private=private, revision=revision, message=message, create_pr=create_pr)
-        terminal.answer({"url": done.url, "files": done.files})
-        terminal.say(f"pushed: {done.url}")
-        terminal.say(f"serve it where dtr-deploy is installed: vllm serve {repo_id}")
+            pushed = hub.push(uploads, to, progress)
+        for path in pushed.removed:
+            typer.echo(f"removed: {path}, of an earlier checkpoint")
+        typer.echo(f"{'published' if pushed.changed else 'nothing has changed'}: {pushed.url}")
+        at = f" --revision {pushed.revision}" if pushed.revision else ""
+        typer.echo(f"serve it where dtr-deploy is installed: vllm serve {pushed.repo_id}{at}")
 
 
 def read_report(run: Path) -> Report:

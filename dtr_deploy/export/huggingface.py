@@ -1,4 +1,4 @@
-"""The hybrid as a Hugging Face folder. The card that belongs to it comes later: `export.model_card`."""
+"""The hybrid as a Hugging Face folder: checkpoint and tokenizer. The card beside them is `model_card`'s."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dtr_deploy.doctor import environment
 from dtr_deploy.recipe import Recipe
+from dtr_deploy.report.origin import origin_of
 from dtr_deploy.report.schema import (
     BackboneRow,
     DistillRow,
@@ -43,6 +44,7 @@ def collect_report(recipe: Recipe, run: RunDir, backbone: Backbone) -> Report:
             parameters=sum(parameter.numel() for parameter in backbone.model.parameters()),
             fingerprint=backbone.fingerprint,
         ),
+        origin=origin_of(recipe, int(backbone.model.config.max_position_embeddings)),
         layout=[LayerRow(layer=layer, form=form) for layer, form in enumerate(found["layout"])],
         distill=[_distill_row(twin) for twin in stages["distill"].result["reports"]],
         scores={split: _score_row(scores) for split, scores in found["scores"].items()},

@@ -32,6 +32,20 @@ class BackboneRow(_Row):
     fingerprint: str
 
 
+class OriginRow(_Row):
+    """What the hybrid comes from, in the Hub's terms, for the model card.
+
+    base_model: the backbone's id if it was read from the Hub, not for folders, GGUF files and packages. license: the
+    keys `license`, `license_name` and `license_link` of the backbone's own card or GGUF, those that it has. datasets:
+    hub data sets of the corpus. context: tokens the model takes.
+    """
+
+    base_model: str | None = None
+    license: dict[str, str] = Field(default_factory=dict)
+    datasets: list[str] = Field(default_factory=list)
+    context: int | None = None
+
+
 class LayerRow(_Row):
     """form: None is full attention."""
 
@@ -203,6 +217,7 @@ class Report(_Row):
     schema_version: Literal[1] = 1
     recipe: dict[str, Any]
     backbone: BackboneRow
+    origin: OriginRow | None = None
     layout: list[LayerRow]
     distill: list[DistillRow] = Field(default_factory=list)
     scores: dict[str, ScoreRow] = Field(default_factory=dict)
