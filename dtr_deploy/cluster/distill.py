@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TWIN_PASSES = 3.0
-"""What training a twin takes over the teacher's pass through one layer; measured on SmolLM2-135M, sequences of 512."""
+"""What training a twin takes over the teacher's pass through one layer. A rough guess, forward and twice as much back:
+it decides how layers are shared out, not what is computed."""
 MARK = ".visible"
 """A file in the run's folder with a number that a worker has to find there: then both see one file system."""
 

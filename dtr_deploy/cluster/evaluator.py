@@ -106,7 +106,11 @@ class ClusterEvaluator:
         self._made = ray.put(made)
         replica = workers.actor(Replica)
         self.replicas = [replica.remote(self._made) for _ in range(workers.count)]
-        found = {text for _, text in self._run([(n, "arithmetic", ()) for n in range(workers.count)])}
+        try:
+            found = {text for _, text in self._run([(n, "arithmetic", ()) for n in range(workers.count)])}
+        except BaseException:
+            self.close()
+            raise
         if len(found) > 1:
             self.close()
             raise UsageError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from dtr_deploy.recipe_sections import Cluster
 
 HERE, AUTO = "none", "auto"
+ANSWER_SECONDS = 10.0
+"""How long an address may take to answer."""
 RETRIES = 5
 """Times that a task is begun anew after its worker was lost. One that fails by itself is not repeated."""
 
@@ -82,6 +85,9 @@ def _join(address: str) -> bool:
     """Whether `address` (`auto`: any cluster that runs here) was joined."""
     import ray
 
+    accepted = "accepted: none, auto, or HOST:PORT of a Ray cluster"
+    if address != AUTO:
+        _answers(address, accepted)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="dtr-deploy")
@@ -89,9 +95,19 @@ def _join(address: str) -> bool:
         if address == AUTO and isinstance(error, ConnectionError):
             return False
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        accepted = "none, auto, or HOST:PORT of a Ray cluster"
-        raise UsageError(f"cluster.address: {address} cannot be joined ({reason}); accepted: {accepted}") from error
+        raise UsageError(f"cluster.address: {address} cannot be joined ({reason}); {accepted}") from error
     return True
+
+
+def _answers(address: str, accepted: str) -> None:
+    """Raise `UsageError` unless something listens at HOST:PORT: Ray itself would wait for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise UsageError(f"cluster.address: {address} is no address; {accepted}")
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise UsageError(f"cluster.address: {address} cannot be joined ({error}); {accepted}") from error
 
 
 def room(nodes: Sequence[Mapping[str, Any]], settings: Cluster) -> Workers:

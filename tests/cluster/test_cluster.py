@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -310,3 +311,12 @@ def test_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
         connected(Settings(address="1.2.3.4:5"), told.append),
     ):
         pass
+
+
+def test_an_address_where_nothing_is_is_refused_at_once() -> None:
+    began = time.monotonic()
+    for wrong, words in (("127.0.0.1:1", "cannot be joined"), ("nowhere", "is no address")):
+        refused = pytest.raises(UsageError, match=f"cluster.address: {wrong} {words}.*HOST:PORT")
+        with refused, connected(Settings(address=wrong), lambda text: None):
+            pass
+    assert time.monotonic() - began < 30, "Ray itself waits for minutes"
