@@ -87,7 +87,8 @@ class Assumed:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Seconds of each part, and what limits: the share of the workers' time in which they work."""
+    """Seconds of each part, and what limits: the share of the workers' time in which they work, and of stage 1's work
+    that the teacher's pass is, which each group repeats."""
 
     gpus: int
     distill: float
@@ -95,7 +96,7 @@ class Outcome:
     measure: float
     start: float
     busy: float
-    slowest_teacher: float
+    teacher: float
 
     @property
     def total(self) -> float:
@@ -144,17 +145,20 @@ def makespan(kind: str, call: Call, workers: int) -> float:
 
 def simulate(
     shape: Shape, tokens: int, length: int, forms: int, calls: Sequence[tuple[str, Call]], ratio: float,
-    speeds: Speeds, assumed: Assumed, gpus: int,
+    speeds: Speeds, assumed: Assumed, gpus: int, at_once: int | None = None,
 ) -> Outcome:  # fmt: skip
-    """ratio: seconds of a piece of the search there over its seconds here."""
-    from dtr_deploy.cluster.distill import groups
+    """ratio: seconds of a piece of the search there over its seconds here. at_once: twins that a GPU holds."""
+    from dtr_deploy.distill.groups import groups
 
     peak = assumed.gpu_tflops * 1e12
     layer = tokens * shape.layer_operations(length) / (peak * speeds.teacher)
     twin = tokens * shape.twin_operations() / (peak * speeds.twin)
-    dealt = groups(range(shape.layers), [str(number) for number in range(forms)], gpus)
-    costs = [(group.layers[-1] + 1) * layer + len(group.keys) * twin for group in dealt]
-    slowest = max(range(len(dealt)), key=costs.__getitem__)
+    dealt = groups(range(shape.layers), [str(number) for number in range(forms)], gpus, at_once)
+    teacher = [(group.layers[-1] + 1) * layer for group in dealt]
+    costs = [passes + len(group.keys) * twin for passes, group in zip(teacher, dealt, strict=True)]
+    free = [0.0] * gpus
+    for cost in costs:  # the next one goes to whoever is free first
+        free[free.index(min(free))] += cost
     search = sum(makespan(kind, call, gpus) for kind, call in calls) * ratio
     worked = sum(costs) + sum(seconds for _, call in calls for _, seconds in call) * ratio
     nodes = max(1, gpus // 8)
@@ -162,12 +166,12 @@ def simulate(
     measure = assumed.engine_seconds * -(-assumed.layouts // nodes)
     return Outcome(
         gpus,
-        max(costs),
+        max(free),
         search,
         measure,
         2 * assumed.load_seconds + twins,
-        worked / (gpus * (max(costs) + search)),
-        (dealt[slowest].layers[-1] + 1) * layer / costs[slowest],
+        worked / (gpus * (max(free) + search)),
+        sum(teacher) / sum(costs),
     )
 
 
@@ -201,7 +205,7 @@ def measure_speeds(model: str) -> tuple[Speeds, Shape]:
     pass_seconds, seen = _seconds(teach), teach()
     middle = shape.layers // 2
     trainer = Trainer(backbone, middle, "gated_deltanet", 64, DistillSettings())
-    step = lambda: trainer.steps(0, 100, seen.inputs[middle], seen.outputs[middle], seen, mixed)  # noqa: E731
+    step = lambda: trainer.steps(0, 100, seen.inputs[middle], seen.outputs[middle], seen.where(middle), mixed)  # noqa: E731
     twin_seconds = _seconds(step)
     count = tokens.numel()
     return (
@@ -226,18 +230,19 @@ def _seconds(work: Any) -> float:
 
 
 def page(
-    name: str, tokens: int, forms: int, length: int, speeds: Speeds, assumed: Assumed, rows: Sequence[Outcome],
-    calls: Sequence[tuple[str, Call]], machine: Sequence[str],
+    name: str, tokens: int, forms: int, length: int, at_once: int, speeds: Speeds, assumed: Assumed,
+    rows: Sequence[Outcome], calls: Sequence[tuple[str, Call]], machine: Sequence[str],
 ) -> Iterator[str]:  # fmt: skip
     """Lines of the page."""
     from dtr_deploy.progress import seconds_text
 
     pieces = sum(len(call) for _, call in calls)
-    heads = ("GPUs", "stage 1", "of it the teacher, in the slowest group", "stage 2, scoring", "measuring", "starting")
+    heads = ("GPUs", "stage 1", "of its work the teacher's pass", "stage 2, scoring", "measuring", "starting")
     yield from (
         "# On many GPUs, simulated",
         "",
-        f"`python -m {NAME} --ledger LEDGER` for {name}, {tokens:,} tokens in sequences of {length:,}, {forms} forms.",
+        f"`python -m {NAME} --ledger LEDGER` for {name}, {tokens:,} tokens in sequences of {length:,}, {forms} forms,",
+        f"at most {at_once} twins in training on a GPU.",
         "",
         "No GPU has run this. Stage 1 is dealt into the groups that a cluster would train; stage 2 follows a search",
         f"that was run, {len(calls)} calls with {pieces} pieces, dealt as a cluster would. Operations of each piece",
@@ -258,7 +263,7 @@ def page(
     )
     for row in rows:
         yield (
-            f"| {row.gpus} | {seconds_text(row.distill)} | {row.slowest_teacher:.0%} | {seconds_text(row.search)} "
+            f"| {row.gpus} | {seconds_text(row.distill)} | {row.teacher:.0%} | {seconds_text(row.search)} "
             f"| {seconds_text(row.measure)} | {seconds_text(row.start)} | {seconds_text(row.total)} | {row.busy:.0%} |"
         )
 
@@ -271,6 +276,7 @@ def scale(
     tokens: Annotated[int, typer.Option(min=1, help="Training tokens.")] = 100_000_000,
     length: Annotated[int, typer.Option(min=1, help="Tokens of a training sequence.")] = 2048,
     forms: Annotated[int, typer.Option(min=1, help="Forms, each with a twin in every layer.")] = 3,
+    twins_at_once: Annotated[int, typer.Option(min=1, help="Twins in training that a GPU holds.")] = 32,
     gpus: Annotated[list[int] | None, typer.Option(min=1, help="GPUs of the clusters.")] = None,
     gpu_tflops: Annotated[float, typer.Option(min=0.1, help="Dense bfloat16; of an H100's data sheet.")] = 989.0,
     load_seconds: Annotated[float, typer.Option(min=0)] = 60.0,
@@ -302,10 +308,12 @@ def scale(
         work = large.layers * large.layer_operations(length) / (small.layers * small.layer_operations(LENGTH))
         ratio = work * speeds.peak / (gpu_tflops * 1e12)
         rows = [
-            simulate(large, tokens, length, forms, calls, ratio, speeds, assumed, count) for count in gpus or [1, 8, 64]
+            simulate(large, tokens, length, forms, calls, ratio, speeds, assumed, count, twins_at_once)
+            for count in gpus or [1, 8, 64]
         ]
         environment = describe("cpu", threads)
-        text = "\n".join(page(shape, tokens, forms, length, speeds, assumed, rows, calls, machine_lines(environment)))
+        asked = (shape, tokens, forms, length, twins_at_once, speeds, assumed)
+        text = "\n".join(page(*asked, rows, calls, machine_lines(environment)))
         typer.echo(text)
         if out is not None:
             out.write_text(text + "\n")

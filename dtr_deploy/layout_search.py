@@ -100,7 +100,7 @@ def source_of(recipe: Recipe, backbone: Backbone) -> Source:
     """Where the workers of a cluster find the recipe's backbone."""
     from dtr_deploy.cluster.workers import Source
 
-    return Source.of(backbone, recipe.revision, recipe.trust_remote_code)
+    return Source.of(backbone, recipe.revision, recipe.trust_remote_code, recipe.device)
 
 
 def objective_of(recipe: Recipe) -> Objective:

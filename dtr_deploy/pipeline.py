@@ -94,7 +94,14 @@ class Build:
 
         recipe = self.recipe
         self.progress.line(f"loading {recipe.model}")
-        return load_backbone(recipe.model_spec(), revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+        # On a cluster the workers compute, perhaps on this machine's GPUs.
+        device = "cpu" if self.workers is not None and recipe.device == "auto" else recipe.device
+        return load_backbone(
+            recipe.model_spec(),
+            revision=recipe.revision,
+            trust_remote_code=recipe.trust_remote_code,
+            device=device,
+        )
 
     @property
     def context(self) -> int:
@@ -134,7 +141,7 @@ class Build:
 
     @cached_property
     def distill_key(self) -> str:
-        settings = self.recipe.distill.model_dump(mode="json", exclude={"layers"})
+        settings = self.recipe.distill.model_dump(mode="json", exclude={"layers", "twins_at_once"})
         texts = [
             hashlib.sha256(part.numpy().tobytes()).hexdigest() for part in (self.corpus.train, self.corpus.held_out)
         ]
@@ -154,10 +161,11 @@ class Build:
         """Train a twin of every chosen (layer, form); `distilled/layerNN_FORM.safetensors`."""
 
         def work(folder: Path) -> tuple[list[Path], dict[str, Any]]:
+            from dtr_deploy.distill.groups import distill_in_groups
             from dtr_deploy.distill.stage import DistillResult, distill
             from dtr_deploy.distill.trainer import DistillSettings
 
-            recipe = self.recipe
+            recipe, at_once = self.recipe, self.recipe.distill.twins_at_once
             settings = DistillSettings(
                 tokens=recipe.distill.tokens,
                 batch_size=recipe.distill.batch_size,
@@ -167,11 +175,14 @@ class Build:
                 seed=recipe.seed,
             )
             train: Callable[..., DistillResult] = partial(distill, self.backbone.model)
+            if at_once is not None:
+                train = partial(distill_in_groups, self.backbone.model, twins_at_once=at_once)
             if self.workers is not None:
                 from dtr_deploy.cluster.distill import distill_on
                 from dtr_deploy.layout_search import source_of
 
-                train = partial(distill_on, self.workers, source_of(recipe, self.backbone))
+                source = source_of(recipe, self.backbone)
+                train = partial(distill_on, self.workers, source, twins_at_once=at_once)
             with CountingBar(self.progress, "distill") as report:
                 result = train(
                     self.corpus.train,
@@ -193,7 +204,8 @@ class Build:
         recipe = self.recipe
         if not recipe.heal.tokens:
             return None
-        key = stage_key("heal", self.run.stages["distill"].key, recipe.heal.model_dump(mode="json"))
+        settings = recipe.heal.model_dump(mode="json", exclude={"checkpointing"})  # which changes no result
+        key = stage_key("heal", self.run.stages["distill"].key, settings)
 
         def work(folder: Path) -> tuple[list[Path], dict[str, Any]]:
             from dtr_deploy.distill.heal import HealSettings, heal
@@ -203,6 +215,7 @@ class Build:
                 learning_rate=recipe.heal.learning_rate,
                 form_learning_rate=recipe.heal.form_learning_rate,
                 precision=recipe.distill.precision,
+                checkpointing=recipe.heal.checkpointing,
                 seed=recipe.seed,
             )
             twins = self._load_twins(self.run.path / "distilled")
@@ -290,11 +303,13 @@ class Build:
 
         def work(_: Path) -> tuple[list[Path], dict[str, Any]]:
             from dtr_deploy.hybrid.model import load_hybrid
+            from dtr_deploy.hybrid.placement import place_like
             from dtr_deploy.hybrid.precision import products_dtype, products_in
             from dtr_deploy.serving import hybrid_of
             from dtr_deploy.tasks.lm_eval_check import check_scores, gate
 
             hybrid, tokenizer = load_hybrid(hybrid_of(self.run.path).checkpoint)
+            place_like(hybrid, self.backbone.model)
             scores = json.loads((self.run.path / SEARCH_FILE).read_text())["scores"]["test"]["tasks"]
             ours = {name: scores[name]["hybrid"] for name in tasks}
             with products_in(products_dtype(self.recipe.search.precision, hybrid.device.type), hybrid.device.type):
@@ -306,9 +321,11 @@ class Build:
 
     def export(self) -> None:
         """The backbone as a folder in `base/`, and both models for ONNX Runtime in `onnx/` and `base/onnx/`."""
+        from dtr_deploy.hybrid.placement import bring_back
         from dtr_deploy.parity.rungs import base_precisions, served_precisions
         from dtr_deploy.serving import base_of, hybrid_of
 
+        bring_back(self.backbone.model)  # nothing computes with it from here on, and engines want the GPU's memory
         base, hybrid = base_of(self.run.path), hybrid_of(self.run.path)
         base_key = stage_key("base", self.backbone.fingerprint)
 

@@ -33,6 +33,9 @@ RACING_RANKING = 20
 """Ranking all swaps takes as long as so many screenings, however many there are, where tasks have gradients: all are
 priced in passes back through the model. Tasks that generate have none, and every swap is tried."""
 
+TWIN_SIZE = 1.125
+"""Parameters of a twin over those of the projections it inherits, at most: jet has the most, its generator of taps."""
+
 EFFICIENCY = 0.5
 """Share of the matrix multiplication speed that whole models reach."""
 
@@ -78,8 +81,11 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
+    """memory_bytes: of stage 1 where it needs most, on the device that trains."""
+
     stages: list[StagePlan]
     disk_bytes: int
+    memory_bytes: int
     twins: int
 
     @property
@@ -138,10 +144,9 @@ def disk_bytes(recipe: Recipe, sizes: ModelSizes) -> int:
     checkpoint = 4.0 * sizes.parameters
     exports = [p for e, p in [*served_precisions(recipe), *base_precisions(recipe)] if e == "ort"]
     onnx = [4.0 * sizes.embedding + BYTES_PER_WEIGHT[precision] * sizes.parameters for precision in exports]
-    # A stopped distillation keeps the optimiser's two moments beside every weight. A form adds up to an eighth to the
-    # projections it inherits (jet's generator of taps is the largest).
+    # A stopped distillation keeps the optimiser's two moments beside every weight.
     copies = 6 if recipe.heal.tokens else 3
-    distilled = copies * 4.0 * twins * 1.125 * sizes.attention
+    distilled = copies * 4.0 * twins * TWIN_SIZE * sizes.attention
     return int(distilled + 2 * checkpoint + sum(onnx) + max(onnx, default=0.0))
 
 
@@ -215,7 +220,21 @@ def make_plan(recipe: Recipe, config: Any, multiply_flops: float, items: int | N
     stages = [StagePlan(stage, text, time) for (stage, text), time in zip(work.items(), seconds, strict=True)]
     left_out = {"heal"} if not recipe.heal.tokens else set()
     left_out |= {"lm-eval"} if not evaluated else set()
-    return Plan([stage for stage in stages if stage.stage not in left_out], disk_bytes(recipe, sizes), twins)
+    planned = [stage for stage in stages if stage.stage not in left_out]
+    return Plan(planned, disk_bytes(recipe, sizes), memory_bytes(recipe, sizes), twins)
+
+
+def memory_bytes(recipe: Recipe, sizes: ModelSizes) -> int:
+    """Of stage 1: the backbone in float32, the twins that are trained at once, and what the layers of one pass of the
+    teacher saw and answered. One twin's own activations, and the workspace of products, come on top."""
+    from dtr_deploy.distill.trainer import DistillSettings
+
+    twins = len(recipe.distill.layers.indices(sizes.layers)) * len(recipe.forms)
+    at_once = min(twins, recipe.distill.twins_at_once or twins)
+    # Weights and the optimiser's two moments; one twin at a time has gradients.
+    trained = 4.0 * TWIN_SIZE * sizes.attention * (3 * at_once + 1)
+    pass_tokens = max(recipe.distill.batch_size, DistillSettings.teacher_sequences) * recipe.distill.sequence_length
+    return int(4.0 * sizes.parameters + trained + 2 * 4.0 * pass_tokens * sizes.hidden * sizes.layers)
 
 
 def _task_tokens(tasks: Sequence[Any], items: int | None) -> int:
@@ -243,8 +262,9 @@ def _evaluations(recipe: Recipe, twins: int, layers: int) -> tuple[int, int]:
     return (screens, scores) if limit is None else (min(screens, limit), min(scores, limit))
 
 
-def matrix_flops() -> float:
-    """Floating point operations per second of a float32 matrix product on this machine's processor, in about 0.5 s.
+def matrix_flops(device: str = "cpu") -> float:
+    """Floating point operations per second of a matrix product on this machine, in about 0.5 s: float32 on a CPU,
+    bfloat16 on a GPU that multiplies it, as training does there.
 
     The fastest of several: what else runs on the machine only makes them slower.
     """
@@ -252,14 +272,30 @@ def matrix_flops() -> float:
 
     import torch
 
-    size = 1024
-    a, b = torch.rand(size, size), torch.rand(size, size)
+    from dtr_deploy.hybrid.precision import products_dtype
+
+    gpu = torch.device(device).type != "cpu"
+    size, dtype = (8192, products_dtype("auto", "cuda")) if gpu else (1024, torch.float32)
+    a, b = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
     fastest, until = float("inf"), time.perf_counter() + 0.5
     while time.perf_counter() < until:
         began = time.perf_counter()
         a @ b
+        if gpu:
+            torch.cuda.synchronize()
         fastest = min(fastest, time.perf_counter() - began)
     return 2.0 * size**3 / fastest
+
+
+def trains_on(recipe: Recipe, config: Any) -> str:
+    """The torch device that most of the work would run on here. Raises `UsageError` for one that is not there."""
+    from dtr_deploy.hybrid.placement import SPREAD, choose
+
+    try:
+        device = choose(recipe.device, int(4 * ModelSizes.of(config).parameters))
+    except UsageError as error:
+        raise recipe.error(("device",), str(error)) from error
+    return "cuda:0" if device == SPREAD else device
 
 
 def gigabytes(count: float) -> str:

@@ -34,6 +34,7 @@ from dtr_deploy.recipe_sections import (
     Target,
     TaskRecipe,
     VllmExport,
+    check_device,
     check_entry,
     read_list,
 )
@@ -53,6 +54,9 @@ class Recipe(Section):
     """Whether code from the model's repository may run while loading."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of everything random."""
+    device: Annotated[str, AfterValidator(check_device)] = "auto"
+    """Where twins are trained and layouts scored: `cpu`, `cuda`, `cuda:N`, `spread` (layers over all GPUs, what does
+    not fit on the CPU), or `auto`: a GPU where there is one, all of them where the model does not fit one."""
     corpus: Annotated[
         tuple[str, ...],
         Field(min_length=1),

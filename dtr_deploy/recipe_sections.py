@@ -6,6 +6,7 @@ What stands under a key is what `dtr-deploy schema` and docs/recipe-reference.md
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -78,6 +79,8 @@ class Distill(Section):
     """Of the large products: `auto` is bfloat16 where the processor multiplies it natively."""
     held_out: Positive = 24
     """Sequences that no twin trains on; errors, screening and parity prompts come from them."""
+    twins_at_once: Positive | None = None
+    """Twins in training together, all if left out: where memory is short. The teacher's pass runs for each group."""
     layers: Annotated[
         Layers, BeforeValidator(_read_layers, json_schema_input_type=Literal["all"] | tuple[int, ...] | Layers)
     ] = Layers()
@@ -94,6 +97,9 @@ class Heal(Section):
     """Of W_v and W_o."""
     form_learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     """Of a form's own parameters."""
+    checkpointing: bool = False
+    """Keep only what passes between layers on the way forward and run each again on the way back: where memory is
+    short. The same numbers."""
 
 
 class TaskRecipe(Section):
@@ -212,6 +218,13 @@ class Search(Section):
     """Of the large products while layouts are scored, as in `distill`."""
     screen: Screen = Screen()
     """What ranks single swaps."""
+
+
+def check_device(device: str) -> str:
+    """A torch device that models are placed on, or how one is chosen."""
+    if re.fullmatch(r"auto|cpu|cuda(:\d+)?|spread", device) is None:
+        raise ValueError("accepted: auto, cpu, cuda, cuda:N, or spread (layers over all GPUs)")
+    return device
 
 
 def check_entry(entry: str) -> str:

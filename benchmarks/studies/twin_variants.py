@@ -108,7 +108,7 @@ class Checkpoints:
         found = []
         for layer in layers:
             running = Running()
-            out, _ = twins[layer, self.form](self._activations.inputs[layer], self._activations.position_embeddings)
+            out, _ = twins[layer, self.form](self._activations.inputs[layer], self._activations.where(layer))
             running.add(out, self._activations.outputs[layer])
             found.append(running.result().relative_error)
         write_atomically(self.file, json.dumps(errors | {f"{share:.1f}": found}).encode())

@@ -53,10 +53,22 @@ def init(
         typer.echo(f"wrote {file}; next: dtr-deploy plan --recipe {file}")
 
 
-def plan(recipe: RecipeFile, runs: RunsFolder = Path("runs"), as_json: AsJson = False, debug: Debug = False) -> None:
-    """What a build will cost, without running it: tokens, evaluations, measurements, time, disk."""
+def plan(
+    recipe: RecipeFile,
+    runs: RunsFolder = Path("runs"),
+    teraflops: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            help="10^12 operations a second of large products where it will be built; measured here if left out.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """What a build will cost, without running it: tokens, evaluations, measurements, time, memory, disk."""
     with one_line_errors(debug):
-        from dtr_deploy.plan import check_engines, gigabytes, make_plan, matrix_flops, model_config
+        from dtr_deploy.plan import check_engines, gigabytes, make_plan, matrix_flops, model_config, trains_on
         from dtr_deploy.progress import seconds_text
         from dtr_deploy.recipe import load_recipe
         from dtr_deploy.report.tables import new_table
@@ -65,7 +77,10 @@ def plan(recipe: RecipeFile, runs: RunsFolder = Path("runs"), as_json: AsJson = 
         loaded = load_recipe(recipe)
         config = model_config(loaded)
         loaded.check_layers(config.num_hidden_layers)
-        made = make_plan(loaded, config, matrix_flops())
+        if teraflops is None:
+            made = make_plan(loaded, config, matrix_flops(trains_on(loaded, config)))
+        else:
+            made = make_plan(loaded, config, 1e12 * teraflops)
         place = next(folder for folder in (runs, *runs.absolute().parents) if folder.exists())
         free = shutil.disk_usage(place).free
         table = new_table(f"Plan of {loaded.name}", "stage", "work", "about", numbers_from=2)
@@ -76,10 +91,12 @@ def plan(recipe: RecipeFile, runs: RunsFolder = Path("runs"), as_json: AsJson = 
             disk = f"about {gigabytes(made.disk_bytes)} in {runs / loaded.name}; {gigabytes(free)} are free"
             terminal.show(table)
             terminal.show(f"Disk: {disk}.")
-            terminal.show("Times are rough: counts of the recipe over the speed of a matrix product on this machine.")
+            terminal.show(f"Memory of stage 1: about {gigabytes(made.memory_bytes)} on the device that trains.")
+            speed = "on this machine" if teraflops is None else f"of {teraflops:g} teraflops"
+            terminal.show(f"Times are rough: counts of the recipe over the speed of a matrix product {speed}.")
         check_engines(loaded)
         stages = [vars(stage) for stage in made.stages]
-        sizes = {"disk_bytes": made.disk_bytes, "free_bytes": free}
+        sizes = {"disk_bytes": made.disk_bytes, "free_bytes": free, "memory_bytes": made.memory_bytes}
         terminal.answer({"name": loaded.name, "stages": stages, "seconds": made.seconds, **sizes})
 
 

@@ -37,9 +37,7 @@ RecipeFile = Annotated[Path, typer.Option("--recipe", "-r", help="The recipe, a 
 RunsFolder = Annotated[Path, typer.Option("--runs", help="Where run folders are made.")]
 RunFolder = Annotated[Path, typer.Argument(help="A run's folder, as `build` made it: runs/NAME.", show_default=False)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print one JSON value on stdout, all else on stderr.")
-]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout, all else on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and warnings only.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also print what is logged.")]
 

@@ -7,6 +7,7 @@ one thing at a time, whatever room Ray sees on it, and no replica works meanwhil
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ from dtr_deploy.cluster.workers import RETRIES, Source, Workers, load, results, 
 from dtr_deploy.engines.base import Workload
 from dtr_deploy.hybrid.layout import Layout
 from dtr_deploy.throughput.measure import Comparison, Progress, compare_with_base
+
+SEES_GPUS = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
+"""Ray hides a machine's GPUs from a task that asks for none of them; engines want to see all."""
 
 
 class Served(NamedTuple):
@@ -48,7 +52,7 @@ def _compare(
         node["NodeManagerHostname"]: node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")
     }
     # Replicas keep their share of a node's resources; they are idle now, so a measurement asks for none.
-    remote = ray.remote(num_cpus=0, num_gpus=0, max_retries=RETRIES)(_measure)
+    remote = ray.remote(num_cpus=0, num_gpus=0, max_retries=RETRIES, runtime_env=SEES_GPUS)(_measure)
     size = max(1, max_open - 1)
     waiting = [list(layouts[first : first + size]) for first in range(0, len(layouts), size)]
     done, free = 0, list(machines.values())
@@ -74,6 +78,6 @@ def _measure(
     from dtr_deploy.serving import layout_opener
 
     use_cores(cpus)
-    backbone = load(source)
+    backbone = load(replace(source, device="cpu"))  # only its shapes are wanted
     opener = layout_opener(backbone.model, backbone.tokenizer, *served)
     return list(compare_with_base(opener, layouts, workload, repeats, max_open))

@@ -140,11 +140,15 @@ class Source:
     revision: str | None
     trust_remote_code: bool
     fingerprint: str
+    device: str = "auto"
+    """Of the recipe; a worker sees the GPUs that Ray gave it."""
 
     @classmethod
-    def of(cls, backbone: Backbone, revision: str | None = None, trust_remote_code: bool = False) -> Source:
+    def of(
+        cls, backbone: Backbone, revision: str | None = None, trust_remote_code: bool = False, device: str = "auto"
+    ) -> Source:
         spec = str(Path(backbone.spec).resolve()) if Path(backbone.spec).exists() else backbone.spec
-        return cls(spec, revision, trust_remote_code, backbone.fingerprint)
+        return cls(spec, revision, trust_remote_code, backbone.fingerprint, device)
 
 
 @lru_cache(maxsize=1)
@@ -152,7 +156,9 @@ def load(source: Source) -> Backbone:
     """The backbone, once in each worker. Raises `UsageError` where a worker finds another one than the build has."""
     from dtr_deploy.hybrid.backbone import load_backbone
 
-    backbone = load_backbone(source.spec, revision=source.revision, trust_remote_code=source.trust_remote_code)
+    backbone = load_backbone(
+        source.spec, revision=source.revision, trust_remote_code=source.trust_remote_code, device=source.device
+    )
     if backbone.fingerprint != source.fingerprint:
         raise UsageError(f"model {source.spec!r} is another one on the node {os.uname().nodename}")
     return backbone

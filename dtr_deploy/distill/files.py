@@ -13,9 +13,9 @@ def twin_file(folder: Path, layer: int, form: str) -> Path:
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write or replace a file."""
+    """Write or replace a file. tensors: on any device."""
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata)
+    save_file({name: tensor.cpu() for name, tensor in tensors.items()}, partial, metadata)
     _commit(partial, path)
 
 

@@ -16,12 +16,14 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dtr_deploy.distill.files import twin_file, write_safetensors, write_text
 from dtr_deploy.hybrid.layout import Layout
@@ -39,7 +41,8 @@ SUMMARY = "heal.json"
 class HealSettings:
     """tokens: budget of training tokens; batch_size: sequences a step; learning_rate: of W_v and W_o;
     form_learning_rate: of a form's own parameters; replaced: smallest and largest share of the layers that a drawn
-    layout replaces. checkpoint_seconds and precision as in `DistillSettings`."""
+    layout replaces; checkpointing: run each layer again on the way back instead of keeping what it computed.
+    checkpoint_seconds and precision as in `DistillSettings`."""
 
     tokens: int = 50_000
     batch_size: int = 1
@@ -51,6 +54,7 @@ class HealSettings:
     seed: int = 0
     checkpoint_seconds: float = 60.0
     precision: str = "auto"
+    checkpointing: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,7 @@ class _Healer:
         schedule = min(1.0, (step + 1) / settings.warmup_steps) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * max(schedule, 1e-3)
+        tokens = tokens.to(self.backbone.device)
         with products_in(self.products, tokens.device.type):
             with torch.no_grad():
                 teacher = self.backbone.model(input_ids=tokens, use_cache=False).last_hidden_state
@@ -190,7 +195,8 @@ class _Healer:
         for index, form in enumerate(layout):
             layer = body.layers[index] if form is None else self.layers[index, form]
             # Without a mask the backbone's attention is causal (no padding here), and a twin always is.
-            hidden = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=where)
+            run = partial(layer, attention_mask=None, position_ids=positions, position_embeddings=where)
+            hidden = checkpoint(run, hidden, use_reentrant=False) if self.settings.checkpointing else run(hidden)
         return body.norm(hidden)
 
     def _divergence(self, hidden: Tensor, teacher: Tensor) -> tuple[float, Tensor]:
@@ -207,7 +213,8 @@ class _Healer:
                 log_p = head(theirs).float().log_softmax(-1)
                 p = log_p.exp()
                 total += (p * (log_p - log_q)).sum().item()
-                gradients.append(((log_q.exp() - p).to(self.products) @ weight).float() / count)
+                gradient = ((log_q.exp() - p).to(self.products) @ weight).float() / count
+                gradients.append(gradient.to(hidden.device))
         return total / count, torch.stack(gradients)
 
     def save(self, path: Path, step: int, seconds: float, divergences: list[float]) -> None:
@@ -231,7 +238,8 @@ class _Healer:
         tensors = load_file(path)
         for name, parameter in self.trained.items():
             parameter.copy_(tensors[f"weight.{name}"])
-            state = {key: tensors.get(f"optimizer.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
-            if state["step"] is not None:  # a twin that no layout has drawn yet has none
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            if f"optimizer.step.{name}" in tensors:  # a twin that no layout has drawn yet has none
+                state = {key: tensors[f"optimizer.{key}.{name}"].to(parameter.device) for key in keys}
                 self.optimizer.state[parameter] = state
         return int(metadata["step"]), float(metadata["seconds"]), tensors["divergences"].tolist()

@@ -72,9 +72,9 @@ def relative_errors(backbone: Any, twins: Twins, window: int, held_out: Tensor) 
     }
     sums = {key: Running() for key in mixers}
     for tokens in held_out[:EVALUATED].split(4):
-        activations = attention_activations(backbone, tokens, sorted({layer for layer, _ in twins}))
+        activations = attention_activations(backbone, tokens.to(backbone.device), sorted({layer for layer, _ in twins}))
         for (layer, form), mixer in mixers.items():
-            out, _ = mixer(activations.inputs[layer], activations.position_embeddings)
+            out, _ = mixer(activations.inputs[layer], activations.where(layer))
             sums[layer, form].add(out, activations.outputs[layer])
     return {key: running.result().relative_error for key, running in sums.items()}
 
@@ -127,15 +127,15 @@ def distill(
         _calibrate(backbone, sequences[:4], layers, trainers)
     order = _batches(len(sequences), settings.batch_size, steps, settings.seed)
     saved_at = time.monotonic()
-    device = sequences.device.type
-    dtype = products_dtype(settings.precision, device)
-    mixed = products_in(dtype, device)
+    device = backbone.device
+    dtype = products_dtype(settings.precision, device.type)
+    mixed = products_in(dtype, device.type)
     fused = FusedTeacher(backbone, layers, dtype) if FusedTeacher.fits(backbone, dtype) else None
     variation, mixers = variation or Variation(), {key: trainer.mixer for key, trainer in trainers.items()}
     at_once = max(1, settings.teacher_sequences // settings.batch_size)
     for first in range(done, steps, at_once):
         coming = order[first : first + at_once]
-        batch = sequences[torch.cat(coming)]
+        batch = sequences[torch.cat(coming)].to(device)
         with mixed:
             if variation.activations is not None:
                 activations = variation.activations(batch, mixers, first / steps)
@@ -143,7 +143,9 @@ def distill(
                 activations = fused(batch) if fused else attention_activations(backbone, batch, layers)
         # One twin after another, so that its weights and moments stay in the cache over the steps of a pass.
         errors = [
-            trainer.steps(first, steps, activations.inputs[layer], activations.outputs[layer], activations, mixed)
+            trainer.steps(
+                first, steps, activations.inputs[layer], activations.outputs[layer], activations.where(layer), mixed
+            )
             for (layer, _), trainer in trainers.items()
         ]
         after = first + len(coming)
@@ -152,7 +154,7 @@ def distill(
             saved_at = time.monotonic()
         if variation.watch is not None:
             variation.watch(after, steps, mixers)
-        progress(after, steps, f"relative error {sum(errors) / len(errors):.3f}")
+        progress(after, steps, f"relative error {sum(error.item() for error in errors) / len(errors):.3f}")
 
     reports = _evaluate(backbone, held_out[:EVALUATED], layers, keys, trainers)
     for key, trainer in trainers.items():
@@ -179,9 +181,9 @@ def _batches(count: int, batch_size: int, steps: int, seed: int) -> list[Tensor]
 
 @torch.no_grad()
 def _calibrate(backbone: Any, tokens: Tensor, layers: list[int], trainers: dict[tuple[int, str], Trainer]) -> None:
-    activations = attention_activations(backbone, tokens, layers)
+    activations = attention_activations(backbone, tokens.to(backbone.device), layers)
     for (layer, _), trainer in trainers.items():
-        statistics = teacher_statistics(trainer.teacher, activations.inputs[layer], activations.position_embeddings)
+        statistics = teacher_statistics(trainer.teacher, activations.inputs[layer], activations.where(layer))
         trainer.teacher.form.start_from(statistics)
         trainer.mixer.form.load_state_dict(trainer.teacher.form.state_dict())
 
@@ -197,10 +199,10 @@ def _evaluate(
     kinds = ("start", "trained", "no_op", "window_only")
     sums = {key: {kind: Running() for kind in kinds} for key in keys}
     for tokens in held_out.split(4):
-        activations = attention_activations(backbone, tokens, layers)
-        where = activations.position_embeddings
+        activations = attention_activations(backbone, tokens.to(backbone.device), layers)
         for (layer, form), trainer in trainers.items():
             hidden, target, running = activations.inputs[layer], activations.outputs[layer], sums[layer, form]
+            where = activations.where(layer)
             # `teacher` holds the teacher's projections and the form's start values: the twin before training.
             running["start"].add(trainer.teacher(hidden, where)[0], target)
             running["trained"].add(trainer.mixer(hidden, where)[0], target)

@@ -21,6 +21,12 @@ class Activations:
     outputs: dict[int, Tensor]
     position_embeddings: tuple[Tensor, Tensor]
 
+    def where(self, layer: int) -> tuple[Tensor, Tensor]:
+        """`position_embeddings` on the device of this layer's input."""
+        cos, sin = self.position_embeddings
+        device = self.inputs[layer].device
+        return cos.to(device), sin.to(device)
+
 
 class _Done(Exception):
     """Leaves the forward pass after the last layer that is wanted."""

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dtr_deploy.distill.files import write_safetensors
-from dtr_deploy.distill.teacher import Activations
 from dtr_deploy.hybrid.mixer import HybridMixer, own_parameters
 
 
@@ -51,6 +50,9 @@ class Trainer:
         self.teacher = HybridMixer(teacher, backbone.config, form, window, layer)
         self.teacher.form.load_state_dict(self.mixer.form.state_dict())
         own_parameters(self.mixer)
+        device = self.mixer.q_proj.weight.device
+        self.mixer.form.to(device)
+        self.teacher.form.to(device)
         self.mixer.requires_grad_(True)
         self.settings = settings
         inherited = [p for n, p in self.mixer.named_parameters() if not n.startswith("form.")]
@@ -66,13 +68,14 @@ class Trainer:
         steps: int,
         hidden: Tensor,
         target: Tensor,
-        activations: Activations,
+        where: tuple[Tensor, Tensor],
         mixed: AbstractContextManager[Any],
-    ) -> float:
-        """Updates `first`, `first` + 1, ... on `batch_size` sequences each; returns the last relative error."""
-        size, error = self.settings.batch_size, math.nan
+    ) -> Tensor:
+        """Updates `first`, `first` + 1, ... on `batch_size` sequences each; returns the last relative error, a scalar
+        on the twin's device: to read it is to wait for all that was launched there."""
+        size, error = self.settings.batch_size, hidden.new_full((), math.nan)
         for index, (x, y) in enumerate(zip(hidden.split(size), target.split(size), strict=True)):
-            error = self._step(first + index, steps, x, y.float(), activations, mixed)
+            error = self._step(first + index, steps, x, y.float(), where, mixed)
         return error
 
     def _step(
@@ -81,21 +84,22 @@ class Trainer:
         steps: int,
         hidden: Tensor,
         target: Tensor,
-        activations: Activations,
+        where: tuple[Tensor, Tensor],
         mixed: AbstractContextManager[Any],
-    ) -> float:
+    ) -> Tensor:
         """One update; returns the relative error before it."""
         schedule = min(1.0, (step + 1) / self.settings.warmup_steps) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group, (_, rate) in zip(self.optimizer.param_groups, self.groups, strict=True):
             group["lr"] = rate * max(schedule, 1e-3)
         with mixed:
-            out, _ = self.mixer(hidden, activations.position_embeddings)
+            out, _ = self.mixer(hidden, where)
         loss = (out.float() - target).square().sum() / target.square().sum()
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.mixer.parameters(), self.settings.clip_norm)
         self.optimizer.step()
-        return loss.item()
+        # Now, not before the next step: between steps all other twins' gradients would lie in memory too.
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that the next step depends on."""
@@ -111,7 +115,7 @@ class Trainer:
         for n, p in self.mixer.named_parameters():
             p.copy_(state[f"weight.{n}"])
             self.optimizer.state[p] = {
-                key: state[f"optimizer.{key}.{n}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")
+                key: state[f"optimizer.{key}.{n}"].to(p.device, copy=True) for key in ("step", "exp_avg", "exp_avg_sq")
             }
         for n, p in self.teacher.form.named_parameters():
             p.copy_(state[f"start.{n}"])

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dtr_deploy.errors import UsageError
 from dtr_deploy.hybrid.config import FAMILIES
+from dtr_deploy.hybrid.placement import CPU, choose, place
 
 ACCEPTED = "a hub id (owner/name), a local folder, a .gguf file, or package:NAME for a GGUF inside a Python package"
 
@@ -45,8 +46,9 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    device: str = CPU,
 ) -> Backbone:
-    """Load model and tokenizer.
+    """Load model and tokenizer. device: as in `placement.choose`; weights are read into main memory first.
 
     Raises UsageError, in one line, for a place that does not exist, a model that cannot be read, an unsupported family
     or attention layers that are not full (sliding windows).
@@ -68,7 +70,9 @@ def load_backbone(
         raise UsageError(f"model {spec!r} cannot be loaded: {first_line} (accepted: {ACCEPTED})") from error
     check_family(spec, model.config)
     model = model.eval().requires_grad_(False)
-    return Backbone(model, tokenizer, spec, model.config.model_type, _fingerprint(model))
+    fingerprint = _fingerprint(model)
+    place(model, choose(device, sum(tensor.nbytes for tensor in model.state_dict().values())))
+    return Backbone(model, tokenizer, spec, model.config.model_type, fingerprint)
 
 
 def check_family(spec: str, config: Any) -> None:

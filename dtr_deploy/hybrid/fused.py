@@ -24,6 +24,7 @@ def fits(model: Any, products: torch.dtype) -> bool:
     return (
         products in PRODUCTS
         and rows.fits(weight)
+        and all(layer.self_attn.q_proj.weight.device == weight.device for layer in model.model.layers)
         and weight.dtype == torch.float32
         and not any(getattr(layer.self_attn, "sliding_window", None) for layer in model.model.layers)
     )

@@ -159,7 +159,8 @@ def _store(states: Any, values: Mapping[int, Tensor | None]) -> None:
 def own_parameters(mixer: HybridMixer, weights: Mapping[str, Tensor] | None = None) -> None:
     """Give the mixer projections and norms of its own in place of those it shares with its teacher.
 
-    weights: by name as in `mixer.state_dict()`, used as they are; None copies the teacher's.
+    weights: by name as in `mixer.state_dict()`, used as they are if they lie on the teacher's device; None copies the
+        teacher's.
     """
     for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"):
         shared = getattr(mixer, name)
@@ -167,7 +168,9 @@ def own_parameters(mixer: HybridMixer, weights: Mapping[str, Tensor] | None = No
             continue
         own = copy.copy(shared)
         own._parameters = {
-            key: None if p is None else nn.Parameter(weights[f"{name}.{key}"] if weights else p.detach().clone())
+            key: None
+            if p is None
+            else nn.Parameter(weights[f"{name}.{key}"].to(p.device) if weights else p.detach().clone())
             for key, p in shared._parameters.items()
         }
         setattr(mixer, name, own)

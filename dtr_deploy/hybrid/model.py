@@ -39,6 +39,7 @@ from dtr_deploy.hybrid.config import (
 )
 from dtr_deploy.hybrid.layout import FULL, LINEAR, Layout
 from dtr_deploy.hybrid.mixer import HybridMixer, own_parameters
+from dtr_deploy.hybrid.placement import take_hooks
 
 Twins = Mapping[tuple[int, str], Mapping[str, Tensor]]
 
@@ -182,6 +183,7 @@ def make_hybrid(backbone: PreTrainedModel, layout: Layout, window: int, twins: T
     stack.embed_tokens, stack.norm, stack.rotary_emb = source.embed_tokens, source.norm, source.rotary_emb
     for i, form in enumerate(layout):
         layer, theirs = stack.layers[i], source.layers[i]
+        take_hooks(layer, theirs)
         layer.mlp = theirs.mlp
         layer.input_layernorm, layer.post_attention_layernorm = theirs.input_layernorm, theirs.post_attention_layernorm
         if form is None:
@@ -196,7 +198,7 @@ def make_hybrid(backbone: PreTrainedModel, layout: Layout, window: int, twins: T
 def make_twin(
     teacher: torch.nn.Module, config: Any, layer: int, form: str, window: int, twins: Twins | None = None
 ) -> HybridMixer:
-    """The mixer for one layer: sharing the teacher's projections, or holding the weights of `twins`."""
+    """The mixer for one layer, where its teacher lies: sharing its projections, or holding the weights of `twins`."""
     mixer = HybridMixer(teacher, config, form, window, layer)
     if twins is not None:
         if (layer, form) not in twins:
@@ -204,6 +206,7 @@ def make_twin(
         weights = twins[layer, form]
         own_parameters(mixer, weights)
         mixer.form.load_state_dict({k.removeprefix("form."): w for k, w in weights.items() if k.startswith("form.")})
+    mixer.form.to(mixer.q_proj.weight.device)
     return mixer.requires_grad_(False)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dtr_deploy.hybrid.layout import Layout
+from dtr_deploy.hybrid.placement import moved
 from dtr_deploy.hybrid.precision import products_in
 from dtr_deploy.search.forward import LayerPool
 from dtr_deploy.search.layer_runs import ModuleRuns
@@ -268,7 +269,8 @@ class Attribution:
         """What another attention would answer to what the layer's own was given."""
         mask = context.causal_mask if form is None else context.recurrent_mask
         with products_in(self.products, seen.answer.device.type):
-            answer = self._module(layer, form)(*seen.arguments, **{**seen.options, "attention_mask": mask})[0]
+            options = {**seen.options, "attention_mask": moved(mask, seen.answer.device)}
+            answer = self._module(layer, form)(*seen.arguments, **options)[0]
         return cast(Tensor, answer)
 
 

@@ -63,6 +63,8 @@ def test_one_gpu_costs_its_operations_and_more_cost_less(ledger: Path) -> None:
     assert one.distill > eight.distill > many.distill and one.search > eight.search >= many.search
     assert eight.busy > many.busy, "groups repeat the teacher's pass and wait for one another"
     assert many.distill > 10**6 * 32 * layer / 0.5 / 1e15, "the last group runs the whole teacher"
+    few = simulate(shape, 10**6, 2048, 3, calls, 0.5, SPEEDS, ASSUMED, 1, at_once=32)
+    assert one.distill < few.distill < one.distill + 2 * 10**6 * 32 * layer / 0.5 / 1e15, "three passes of the teacher"
 
 
 def test_the_command_writes_a_page(ledger: Path, tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from dtr_deploy.cluster.distill import TWIN_PASSES, Group, groups
 from dtr_deploy.cluster.workers import Workers, room
+from dtr_deploy.distill.groups import TWIN_PASSES, Group, groups
 from dtr_deploy.errors import UsageError
 from dtr_deploy.recipe_sections import Cluster
 
@@ -59,3 +59,15 @@ def test_groups_are_all_twins_in_shares_of_equal_work(layers: int, forms: int, w
     alone = cost(groups(range(layers), names, 1)[0])
     if layers >= 2 * workers:
         assert max(map(cost, found)) <= 1.25 * alone / workers + TWIN_PASSES * forms + layers
+
+
+@pytest.mark.parametrize(
+    ("layers", "forms", "workers", "most"), [(32, 3, 1, 32), (32, 3, 1, 2), (32, 3, 64, 1), (4, 2, 1, 3), (30, 1, 2, 7)]
+)
+def test_a_group_has_no_more_twins_than_memory_holds(layers: int, forms: int, workers: int, most: int) -> None:
+    names = ["gated_deltanet", "gla", "jet"][:forms]
+    found = groups(range(layers), names, workers, most)
+    keys = [key for group in found for key in group.keys]
+    assert sorted(keys) == sorted((layer, form) for layer in range(layers) for form in names)
+    assert max(len(group.keys) for group in found) <= most
+    assert len(found) <= 2 * max(workers, -(-layers * forms // most))

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dtr_deploy.errors import UsageError
+from dtr_deploy.hybrid.placement import on_cpu
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 PROVIDERS = ("cpu", "cuda")
@@ -81,7 +82,7 @@ def export_model(
     precision: str = "int4",
     execution_provider: str = "cpu",
 ) -> OnnxExport:
-    """Export a model in memory; it is not modified.
+    """Export a model in memory; it is not modified, and copied to the CPU if it lies elsewhere.
 
     Args:
         model: a hybrid, or a Llama, Qwen2 or Qwen3 causal LM, float32.
@@ -107,6 +108,7 @@ def export_model(
     from dtr_deploy.export.onnx.builders import BUILDERS
     from dtr_deploy.export.onnx.last_token import with_all_logits
 
+    model = on_cpu(model)
     config = _builder_config(model, ARCHITECTURES[family])
     mixers = [entry for entry in getattr(model.config, "entries", ()) if entry is not None]
     with _whole_folder(Path(out_folder)) as folder, _quiet():
