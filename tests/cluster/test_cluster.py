@@ -19,15 +19,18 @@ import pytest
 import ray
 import torch
 from ray.cluster_utils import Cluster
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from benchmarks import cluster as benchmark
 from dtr_deploy import layout_search, pipeline
-from dtr_deploy.cluster import distill as cluster_distill
+from dtr_deploy.cluster.distill import distill_on
 from dtr_deploy.cluster.evaluator import ClusterEvaluator
 from dtr_deploy.cluster.measure import Served, compare_on
 from dtr_deploy.cluster.workers import RETRIES, Source, connected, results
+from dtr_deploy.distill.groups import Group, GroupedTwins
 from dtr_deploy.distill.stage import SUMMARY
+from dtr_deploy.distill.trainer import DistillSettings
 from dtr_deploy.engines.base import Workload
 from dtr_deploy.errors import DtrError, UsageError
 from dtr_deploy.hybrid.backbone import load_backbone
@@ -218,21 +221,20 @@ def test_what_groups_finished_is_not_trained_again(address: str, folder: Path, a
     out = folder / "rest"
     shutil.copytree(alone.path / "distilled", out)
     reports = {(r["layer"], r["form"]): r for r in alone.stages["distill"].result["reports"]}
-    for (layer, form), report in reports.items():
-        file = cluster_distill.twin_file(out, layer, form)
-        if layer == 3:
-            file.unlink()
-            continue
-        note = {"report": report, "tokens": 1, "seconds": 0.0}
-        cluster_distill.write_text(cluster_distill._note(out, (layer, form)), cluster_distill.json.dumps(note))
     (out / SUMMARY).unlink()
     job = pipeline.Build(load_recipe(folder / "alone.yaml"), RunDir(folder / "alone"), QuietProgress())
-    settings = cluster_distill.DistillSettings(tokens=6_144, batch_size=1)
+    twins = GroupedTwins(out, job.layers, job.recipe.forms)
+    for key, file in twins.files.items():
+        weights = load_file(file)
+        file.unlink()
+        if key[0] != 3:
+            twins.keep(Group((key[0],), (key[1],)), {key: weights}, {key: reports[key]}, tokens=1, seconds=0.0)
+    settings = DistillSettings(tokens=6_144, batch_size=1)
     trained: list[int] = []
     with connected(Settings(address=address), lambda text: None) as workers:
         assert workers is not None
         source = Source.of(job.backbone)
-        result = cluster_distill.distill_on(
+        result = distill_on(
             workers, source, job.corpus.train, job.corpus.held_out, job.recipe.forms, job.layers, 8, settings, out,
             lambda done, total, message: trained.append(total),
         )  # fmt: skip

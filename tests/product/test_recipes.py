@@ -107,11 +107,12 @@ def small(name: str, folder: Path) -> Path:
     choice = {"name": "choice", "lm_eval": str(folder / "task.yaml"), "items": 6}
     recipe["tasks"] = [choice, recipe["tasks"][-1] | recall]
     # Starting vLLM for each layout that is measured would take most of an hour here; parity and the last table have it.
-    workload = {"prompt": 96, "output": 4, "concurrency": 1}
-    recipe["target"] |= {"engine": "ort", "precision": "int4", "workload": workload, "cache_mib": 0.6}
+    workload = {"prompt": 512, "output": 4, "concurrency": 1}
+    # Random weights of this size do not survive int4, neither the hybrid's nor the backbone's.
+    recipe["target"] |= {"engine": "ort", "precision": "fp32", "workload": workload, "cache_mib": 0.6}
     screen = {"sequences": 2, "recall_items": 2, "recall_length": 480}
     recipe["search"] |= {"max_score_loss": 1.0, "max_task_loss": 1.0, "repeats": 1, "screen": screen}
-    recipe["export"]["vllm"]["dtype"] = "float32"
+    recipe["export"] = {"vllm": {"dtype": "float32"}, "onnx": {"precision": "fp32"}}
     recipe["parity"] = {"prompts": 6, "max_length": 200, "tokens": 600}
     recipe["bench"] = {"prompts": [64], "output": 4, "repeats": 1}
     file = folder / "recipe.yaml"
@@ -126,7 +127,7 @@ def test_every_stage_on_a_tiny_model_of_the_architecture(tmp_path: Path, name: s
     run = RunDir(tmp_path / "run")
     report = build(load_recipe(small(name, tmp_path)), run)
     assert report is not None and set(run.stages) >= {
-        "distill", "heal", "search", "hybrid", "lm-eval", "base", "onnx int4", "parity", "throughput ort",
+        "distill", "heal", "search", "hybrid", "lm-eval", "base", "onnx fp32", "parity", "throughput ort",
         "throughput vllm", "report",
     }  # fmt: skip
     forms = {file.stem.partition("_")[2] for file in (run.path / "healed").glob("layer*.safetensors")}
