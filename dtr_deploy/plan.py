@@ -36,6 +36,9 @@ priced in passes back through the model. Tasks that generate have none, and ever
 TWIN_SIZE = 1.125
 """Parameters of a twin over those of the projections it inherits, at most: jet has the most, its generator of taps."""
 
+LOGITS = 4
+"""Copies of a sequence's logits that healing holds: two distributions, their difference, a temporary one."""
+
 EFFICIENCY = 0.5
 """Share of the matrix multiplication speed that whole models reach."""
 
@@ -81,7 +84,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """memory_bytes: of stage 1 where it needs most, on the device that trains."""
+    """memory_bytes: of training where it needs most, on the device that trains."""
 
     stages: list[StagePlan]
     disk_bytes: int
@@ -225,8 +228,11 @@ def make_plan(recipe: Recipe, config: Any, multiply_flops: float, items: int | N
 
 
 def memory_bytes(recipe: Recipe, sizes: ModelSizes) -> int:
-    """Of stage 1: the backbone in float32, the twins that are trained at once, and what the layers of one pass of the
-    teacher saw and answered. One twin's own activations, and the workspace of products, come on top."""
+    """Of stage 1 or of healing, whichever needs more, with the backbone in float32.
+
+    Stage 1: the twins that are trained at once, and what the layers of one pass of the teacher saw and answered.
+    Healing: all twins, with the optimiser's moments of what is trained, and the logits of a sequence, which are there
+    several times. Other activations, and the workspace of products, come on top."""
     from dtr_deploy.distill.trainer import DistillSettings
 
     twins = len(recipe.distill.layers.indices(sizes.layers)) * len(recipe.forms)
@@ -234,7 +240,14 @@ def memory_bytes(recipe: Recipe, sizes: ModelSizes) -> int:
     # Weights and the optimiser's two moments; one twin at a time has gradients.
     trained = 4.0 * TWIN_SIZE * sizes.attention * (3 * at_once + 1)
     pass_tokens = max(recipe.distill.batch_size, DistillSettings.teacher_sequences) * recipe.distill.sequence_length
-    return int(4.0 * sizes.parameters + trained + 2 * 4.0 * pass_tokens * sizes.hidden * sizes.layers)
+    distilling = trained + 2 * 4.0 * pass_tokens * sizes.hidden * sizes.layers
+    healing = 0.0
+    if recipe.heal.tokens:
+        # W_v, W_o and the forms: half of the projections, and what forms add.
+        moved = twins * (TWIN_SIZE - 0.5) * sizes.attention
+        logits = recipe.distill.sequence_length * sizes.embedding / sizes.hidden
+        healing = 4.0 * (twins * TWIN_SIZE * sizes.attention + 2 * moved + LOGITS * logits)
+    return int(4.0 * sizes.parameters + max(distilling, healing))
 
 
 def _task_tokens(tasks: Sequence[Any], items: int | None) -> int:

@@ -79,8 +79,10 @@ def layout_opener(
     @contextmanager
     def opened(layout: Layout) -> Iterator[Engine]:
         from dtr_deploy.hybrid.model import make_hybrid
+        from dtr_deploy.hybrid.placement import free_gpu_memory
 
         model = make_hybrid(backbone, layout, window) if replaced(layout) else backbone
+        free_gpu_memory()  # what torch keeps for itself looks taken to an engine
         with (
             tempfile.TemporaryDirectory(prefix="dtr-layout-") as folder,
             closing(_open_in(Path(folder), model)) as served,

@@ -91,7 +91,7 @@ def plan(
             disk = f"about {gigabytes(made.disk_bytes)} in {runs / loaded.name}; {gigabytes(free)} are free"
             terminal.show(table)
             terminal.show(f"Disk: {disk}.")
-            terminal.show(f"Memory of stage 1: about {gigabytes(made.memory_bytes)} on the device that trains.")
+            terminal.show(f"Memory of training: about {gigabytes(made.memory_bytes)} on the device that trains.")
             speed = "on this machine" if teraflops is None else f"of {teraflops:g} teraflops"
             terminal.show(f"Times are rough: counts of the recipe over the speed of a matrix product {speed}.")
         check_engines(loaded)

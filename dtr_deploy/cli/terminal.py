@@ -113,6 +113,12 @@ class Terminal:
             typer.echo(json.dumps(data, indent=1))
 
 
+GPU_FULL = (
+    "GPU memory full; a smaller distill.twins_at_once, heal.checkpointing, or device: spread need less, "
+    "and what is finished is kept"
+)
+
+
 @contextmanager
 def one_line_errors(debug: bool, again: str = "", as_json: bool = False) -> Iterator[None]:
     """Turn exceptions into one line on stderr and an exit code. again: the command that goes on after Ctrl-C."""
@@ -133,6 +139,8 @@ def one_line_errors(debug: bool, again: str = "", as_json: bool = False) -> Iter
         if is_disk_full(error):
             _fail(_disk_full_text(error), 1, debug)
         reason = (str(error).strip().splitlines() or [""])[0]
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; this module does not import it
+            _fail(f"{GPU_FULL} ({reason})", 1, debug)
         hint = "" if debug else " (--debug shows where)"
         _fail(f"unexpected {type(error).__name__}: {reason}{hint}", 1, debug)
 

@@ -94,6 +94,13 @@ def bring_back(model: Any, device: torch.device | str = CPU) -> None:
                 del module._forward_pre_hooks[number]
                 module._forward_pre_hooks_with_kwargs.pop(number, None)
     model.to(device)
+    free_gpu_memory()
+
+
+def free_gpu_memory() -> None:
+    """Give back what torch's allocator keeps of freed tensors."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def place_like(model: Any, other: Any) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from dtr_deploy import cli, pipeline
@@ -101,6 +102,11 @@ def test_bad_recipes_are_exit_code_1(tmp_path: Path) -> None:
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x/y"), 1, "disk full while writing runs/x/y"),
         (RuntimeError("No space left on device (os error 28)"), 1, "disk full"),
         (KeyboardInterrupt(), 130, "nothing finished is lost, to go on: dtr-deploy build --recipe"),
+        (
+            torch.OutOfMemoryError("Tried to allocate 2 GiB\nand more"),
+            1,
+            "GPU memory full; a smaller distill.twins_at_once",
+        ),
         (ZeroDivisionError("division by zero\nand more"), 1, "unexpected ZeroDivisionError: division by zero"),
     ],
 )
