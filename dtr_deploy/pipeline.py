@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dtr_deploy import __version__
 from dtr_deploy.cluster.workers import connected
+from dtr_deploy.errors import UsageError
 from dtr_deploy.progress import CountingBar, Progress, QuietProgress, seconds_text
 from dtr_deploy.recipe import RECIPE_COPY, Recipe
 from dtr_deploy.run_dir import RunDir, StageRecord, StageWork, stage_key, versions, write_atomically
@@ -91,11 +92,16 @@ class Build:
     @cached_property
     def backbone(self) -> Backbone:
         from dtr_deploy.hybrid.backbone import load_backbone
+        from dtr_deploy.hybrid.placement import choose
 
         recipe = self.recipe
-        self.progress.line(f"loading {recipe.model}")
         # On a cluster the workers compute, perhaps on this machine's GPUs.
         device = "cpu" if self.workers is not None and recipe.device == "auto" else recipe.device
+        try:
+            choose(device, 0)
+        except UsageError as error:
+            raise recipe.error(("device",), str(error)) from error
+        self.progress.line(f"loading {recipe.model}")
         return load_backbone(
             recipe.model_spec(),
             revision=recipe.revision,

@@ -29,3 +29,10 @@ def test_a_screening_that_cannot_be_built_is_refused_before_distillation(tmp_pat
     with pytest.raises(UsageError, match=r"recall screen: .*160 tokens cannot hold"):
         build(load_recipe(file), RunDir(tmp_path / "run"))
     assert not (tmp_path / "run" / "distilled").exists()
+
+
+def test_a_device_that_is_not_there_is_refused_by_its_line(tmp_path):
+    file = write_recipe(tmp_path)
+    file.write_text(file.read_text() + "\ndevice: cuda:99\n")
+    with pytest.raises(UsageError, match=r"recipe\.yaml:\d+: device: .*torch sees"):
+        build(load_recipe(file), RunDir(tmp_path / "run"))
