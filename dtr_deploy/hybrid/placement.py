@@ -80,8 +80,7 @@ def spread(model: Any, where: Mapping[str, torch.device | str]) -> None:
     for name, module in _parts(model).items():
         device = torch.device(_of(name, where))
         module.to(device)
-        module._forward_pre_hooks.clear()
-        module._forward_pre_hooks_with_kwargs.clear()
+        _stay(module)
         module.register_forward_pre_hook(partial(_move_inputs, device), with_kwargs=True)
     model.model.rotary_emb.to(torch.device(_of("model.embed_tokens", where)))
 
@@ -89,10 +88,7 @@ def spread(model: Any, where: Mapping[str, torch.device | str]) -> None:
 def bring_back(model: Any, device: torch.device | str = CPU) -> None:
     """Move all of `model` to one device in place, the hooks of `spread` removed."""
     for module in _parts(model).values():
-        for number, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, partial) and hook.func is _move_inputs:
-                del module._forward_pre_hooks[number]
-                module._forward_pre_hooks_with_kwargs.pop(number, None)
+        _stay(module)
     model.to(device)
     free_gpu_memory()
 
@@ -143,6 +139,14 @@ def _parts(model: Any) -> dict[str, nn.Module]:
     body = model.model
     layers = {f"model.layers.{index}": layer for index, layer in enumerate(body.layers)}
     return {"model.embed_tokens": body.embed_tokens, **layers, "model.norm": body.norm, "lm_head": model.lm_head}
+
+
+def _stay(module: nn.Module) -> None:
+    """Remove the hook of `spread`, and no other."""
+    for number, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, partial) and hook.func is _move_inputs:
+            del module._forward_pre_hooks[number]
+            module._forward_pre_hooks_with_kwargs.pop(number, None)
 
 
 def _move_inputs(device: torch.device, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -1,8 +1,6 @@
 """Where models lie. A machine without a GPU has one that refuses mixed operands (`other_device`), for the rest the
 CPU is the oracle: the same numbers wherever layers are."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -123,6 +121,8 @@ def test_twins_are_trained_and_healed_the_same_wherever_layers_lie(tmp_path, whe
 
     expected = train(tiny_backbone(), tmp_path / "here")
     reports, twins, divergences, healed = train(backbone_on(where), tmp_path / "there")
+    # Layers that are not on the CPU do without its fused teacher and compiled kernels: sums in another order, and Adam
+    # makes a small gradient's sign a whole step.
     for ours, theirs in zip(reports, expected[0], strict=True):
         assert ours.trained.relative_error == pytest.approx(theirs.trained.relative_error, rel=1e-3)
         assert ours.window_only.relative_error == pytest.approx(theirs.window_only.relative_error, rel=1e-3)
@@ -202,6 +202,3 @@ def test_layers_are_dealt_evenly_and_what_does_not_fit_stays_on_the_cpu():
     # Every part that `spread` moves finds its place.
     for where in (even, short):
         assert all(placement._of(name, where) is not None for name in placement._parts(backbone))
-    kept = copy.deepcopy(backbone)
-    bring_back(kept)
-    assert torch.equal(logits(kept), logits(backbone))
