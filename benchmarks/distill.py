@@ -33,6 +33,7 @@ def distill(
     window: Annotated[int, typer.Option(min=0, help="Tokens of the softmax window.")] = 64,
     backend: Annotated[str, typer.Option(help="The operator's backend in the twins.")] = "auto",
     precision: Annotated[str, typer.Option(help="Of large products: auto, float32 or bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="As in a recipe: cpu, cuda, cuda:N, spread or auto.")] = "cpu",
     steps: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 5,
     warm_up: Annotated[int, typer.Option(min=1, help="Steps before them that are not.")] = 2,
     threads: Annotated[int, typer.Option(min=0, help="Threads; 0: all cores.")] = 0,
@@ -58,6 +59,7 @@ def distill(
             "window": window,
             "backend": backend,
             "precision": precision,
+            "device": device,
             "warm_up": warm_up,
         }
         _check(form, backend)
@@ -66,8 +68,8 @@ def distill(
         from benchmarks.table import console, machine_lines
 
         screen = console()
-        environment = describe("cpu", threads)
         times, settings["layer_indices"] = time_steps(settings, steps)
+        environment = describe(settings["placed"].partition(":")[0], threads)
         for line in machine_lines(environment):
             screen.print(line, soft_wrap=True, highlight=False)
         screen.print()
@@ -99,13 +101,14 @@ def time_steps(settings: dict[str, Any], steps: int) -> tuple[StepTimes, list[in
 
     import torch
 
-    from benchmarks.stage_timing import StepTimes, timed_parts
+    from benchmarks.stage_timing import StepTimes, device_clock, timed_parts
     from dtr_deploy.distill.stage import distill as run_stage
     from dtr_deploy.distill.trainer import DistillSettings
     from dtr_deploy.hybrid.backbone import load_backbone
     from dtr_deploy.hybrid.mixer import HybridMixer
 
-    backbone = load_backbone(settings["model"])
+    backbone = load_backbone(settings["model"], device=settings["device"])
+    settings["placed"] = str(backbone.model.device)
     if settings["layers"] > backbone.layers:
         raise UsageError(f"--layers {settings['layers']}: the model has {backbone.layers}")
     layers = [i * backbone.layers // settings["layers"] for i in range(settings["layers"])]
@@ -113,7 +116,7 @@ def time_steps(settings: dict[str, Any], steps: int) -> tuple[StepTimes, list[in
     generator = torch.Generator().manual_seed(0)
     vocabulary = backbone.model.config.vocab_size
     sequences = torch.randint(0, vocabulary, (max(4, batch), length), generator=generator)
-    times = StepTimes()
+    times = StepTimes(device_clock)
 
     def choose_backend(module: torch.nn.Module, _: Any) -> None:
         if isinstance(module, HybridMixer):
@@ -151,7 +154,7 @@ def _title(settings: dict[str, Any], steps: int) -> str:
     return (
         f"Stage 1, {settings['model']}: {settings['layers']} layers, {settings['form']}, window {settings['window']}, "
         f"backend {settings['backend']}, {settings['tokens']:,} tokens a step in sequences of {settings['length']:,}, "
-        f"products in {settings['precision']}, {steps} steps"
+        f"products in {settings['precision']}, on {settings['placed']}, {steps} steps"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.contenders import forms, full_attention, gpu, hugging_face, onnx_runtime, ours, vllm_cpu
-from benchmarks.contenders.base import Contender
+from benchmarks.contenders.base import Contender, graphed
 from benchmarks.problem import Problem
 
 
@@ -18,4 +18,7 @@ def contenders(problem: Problem) -> list[Contender]:
         *(gpu.contenders() if problem.device == "cuda" else vllm_cpu.contenders()),
         *full_attention.contenders(),
     ]
-    return [row for row in rows if row.takes_part(problem)]
+    rows = [row for row in rows if row.takes_part(problem)]
+    if problem.device == "cuda" and problem.direction == "decode":
+        rows += [graphed(row) for row in rows if row.graph]
+    return rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,15 +37,41 @@ class Contender:
 
     computes: "rule", "softmax", "window", "form" or "form + window"; which oracle it is held to.
     prepare: takes the operands, returns what to time, raises Unavailable.
+    graph: its call can be captured in a CUDA graph; when decoding on a GPU it then has a second row, replayed.
     """
 
     name: str
     computes: str
     prepare: Callable[[Inputs], Ready]
     directions: frozenset[str] = field(default=frozenset({"forward"}))
+    graph: bool = False
 
     def takes_part(self, problem: Problem) -> bool:
         return problem.direction in self.directions
+
+
+def graphed(contender: Contender) -> Contender:
+    """The same call replayed from a CUDA graph: what the GPU takes, without the time to launch."""
+
+    def prepare(inputs: Inputs) -> Ready:
+        warm = contender.prepare(inputs)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                warm.call()
+        torch.cuda.current_stream().wait_stream(stream)
+        ready = contender.prepare(inputs)  # its states are those of the problem still
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = ready.call()
+
+        def call() -> Any:
+            graph.replay()
+            return result
+
+        return replace(ready, call=call)
+
+    return replace(contender, name=f"{contender.name}, CUDA graph", prepare=prepare)
 
 
 def directions(*names: str) -> frozenset[str]:
@@ -108,8 +134,11 @@ def refuse_beyond_memory(needed: float, what: str) -> None:
         raise Unavailable(f"{what} takes {needed / 1e9:.1f} GB of {available / 1e9:.1f} GB available")
 
 
-def only(problem: Problem, rule: str) -> None:
-    """Raise Unavailable unless the problem is `rule` with one decay a head."""
-    if problem.rule != rule or problem.per_key:
-        kind = f"{problem.rule}{' with a decay a key dimension' if problem.per_key else ''}"
-        raise Unavailable(f"computes {rule} with one decay a head, not {kind}")
+def only(problem: Problem, rule: str, per_key: bool = False) -> None:
+    """Raise Unavailable unless the problem is `rule` with one decay a head, or one a key dimension."""
+
+    def kind(name: str, per_key: bool) -> str:
+        return f"{name} with one decay a {'key dimension' if per_key else 'head'}"
+
+    if (problem.rule, problem.per_key) != (rule, per_key):
+        raise Unavailable(f"computes {kind(rule, per_key)}, not {kind(problem.rule, problem.per_key)}")

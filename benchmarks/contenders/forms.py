@@ -1,4 +1,7 @@
-"""What the window adds: a whole form (operands, operator, output) without and with it, and the window alone."""
+"""What the window adds: a whole form (operands, operator, output) without and with it, and the window alone.
+
+A form is timed as the Hugging Face model runs it, and "as served": over pools, as in vLLM.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.contenders.base import Contender, Ready, cast, directions, given, plain, with_gradients
+from benchmarks.contenders.base import Contender, Ready, Unavailable, cast, directions, given, plain, with_gradients
 from benchmarks.oracle import form_parameters
 from benchmarks.problem import Inputs
 from dtr_kernels.forms import Form, FormConfig, make_form
-from dtr_kernels.operator import linear_attention, linear_attention_step
-from dtr_kernels.window import Rest, window_attention, window_attention_step
+from dtr_kernels.operator import linear_attention, linear_attention_packed, linear_attention_step
+from dtr_kernels.pack_plan import pack_plan, products_of
+from dtr_kernels.window import Rest, window_attention, window_attention_packed, window_attention_step
 
 FORM = "gated_deltanet"
 
@@ -23,6 +27,8 @@ def contenders(rule: str, window: int) -> list[Contender]:
     if rule == "gated_delta":
         for computes, size in (("form", 0), ("form + window", window)):
             rows.append(Contender(f"{FORM}, window {size}", computes, _form(size), directions("forward", "decode")))
+            name, run = f"{FORM}, window {size}, as served", _served_form(size)
+            rows.append(Contender(name, computes, run, directions("forward", "decode"), graph=True))
     return rows
 
 
@@ -125,3 +131,68 @@ def _decoding_form(inputs: Inputs, form: Form) -> Ready:
         return near(form.rest(out)) if near else out
 
     return Ready(torch.no_grad()(call), lambda out: {"out": out[:, None]}, inputs.problem.dtype)
+
+
+def _served_form(window: int) -> Callable[[Inputs], Ready]:
+    def prepare(inputs: Inputs) -> Ready:
+        form, problem = _make_form(inputs, window), inputs.problem
+        dtype, device, rows = problem.torch_dtype, problem.device, problem.batch + 1
+        state = {
+            name: torch.zeros(rows, *spec.shape, dtype=spec.dtype, device=device)
+            for name, spec in form.state_spec(dtype).items()
+        }
+        slots = torch.arange(1, rows, device=device)
+        if problem.direction == "decode":
+            state["recurrent"][1:] = inputs.state
+            if window:
+                state["window_k"][1:], state["window_v"][1:] = inputs.context(window)
+            return _served_step(inputs, form, state, slots)
+        return _served_prefill(inputs, form, state, slots)
+
+    return prepare
+
+
+def _served_prefill(inputs: Inputs, form: Form, state: dict[str, Tensor], slots: Tensor) -> Ready:
+    problem, window = inputs.problem, form.config.window
+    q, k, v = (x[0] for x in given(cast(inputs), ("q", "k", "v")).values())
+    hidden, device = inputs.hidden[0].to(q.dtype), problem.device
+    borders, start = torch.tensor([0, problem.length], device=device), torch.zeros(1, dtype=torch.long, device=device)
+    plan = pack_plan(borders, problem.length, q.dtype)
+
+    def call() -> Tensor:
+        op = form.operands(q, k, v, hidden)
+        out = linear_attention_packed(
+            op.q, op.k, op.v, rule=form.rule, log_decay=op.log_decay, beta=op.beta, scale=form.scale,
+            pool=state["recurrent"], slots=slots, cu_seqlens=borders, has_initial_state=start > 0,
+            products=products_of(q.dtype), plan=plan,
+        )  # fmt: skip
+        heads = form.readout(out, hidden)
+        if window:
+            heads = window_attention_packed(
+                q, k, v, window=window, scale=form.scale, ring_k=state["window_k"], ring_v=state["window_v"],
+                slots=slots, cu_seqlens=borders, start=start, rest=form.rest(heads), plan=plan,
+            )  # fmt: skip
+        return heads
+
+    return Ready(torch.no_grad()(call), lambda out: {"out": out[None]}, problem.dtype)
+
+
+def _served_step(inputs: Inputs, form: Form, state: dict[str, Tensor], slots: Tensor) -> Ready:
+    problem = inputs.problem
+    q, k, v = (x[:, 0] for x in given(cast(inputs), ("q", "k", "v")).values())
+    hidden, out = inputs.hidden[:, 0].to(q.dtype), torch.empty_like(q)
+    positions = torch.full((problem.batch,), form.config.window, device=problem.device)
+    plan = form.bind_step(state, q.dtype)
+    if plan is None and problem.device != "cuda":
+        raise Unavailable("the compiled kernels are not there, or do not take this dtype")
+
+    def call() -> Tensor:
+        if plan is not None:
+            form.step(plan, q, k, v, hidden, slots=slots, positions=positions, out=out)
+        else:
+            from dtr_kernels.triton import mixer_step
+
+            mixer_step(form, state, q, k, v, v, hidden, slots=slots, positions=positions, out=out)
+        return out
+
+    return Ready(call, lambda out: {"out": out[:, None]}, problem.dtype)

@@ -1,4 +1,4 @@
-"""Triton kernels of the gated delta rule on a GPU: flash-linear-attention, and the copy of it inside vLLM."""
+"""Triton kernels on a GPU: flash-linear-attention's and the copy of its gated delta rule in vLLM."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ CHUNK, FUSED = "chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"
 def contenders() -> list[Contender]:
     return [
         Contender("fla chunk", "rule", _prepare(FLA, CHUNK), directions("forward", "backward")),
-        Contender("fla fused recurrent", "rule", _prepare(FLA, FUSED), directions("forward", "decode")),
+        Contender("fla fused recurrent", "rule", _prepare(FLA, FUSED), directions("forward", "decode"), graph=True),
+        Contender("fla chunk gla", "rule", _prepare_gla("chunk_gla"), directions("forward", "backward")),
+        Contender("fla fused recurrent gla", "rule", _prepare_gla("fused_recurrent_gla"), directions("decode")),
         Contender("vLLM chunk", "rule", _prepare(VLLM, CHUNK), directions("forward")),
         Contender("vLLM fused recurrent", "rule", _prepare(VLLM, FUSED), directions("forward", "decode")),
     ]
@@ -48,6 +50,25 @@ def _prepare(module: str, name: str) -> Callable[[Inputs], Ready]:
             return out, final.mT if transposed else final
 
         return ready(inputs, run, str(dtype).removeprefix("torch."), operands)
+
+    return prepare
+
+
+def _prepare_gla(name: str) -> Callable[[Inputs], Ready]:
+    """GLA: the gated rule with a decay for each key dimension."""
+
+    def prepare(inputs: Inputs) -> Ready:
+        problem = inputs.problem
+        only(problem, "gated", per_key=True)
+        function = _import("fla.ops.gla", name)
+        dtype = torch.bfloat16 if name == "chunk_gla" and problem.dtype == "float32" else problem.torch_dtype
+        decay = "g" if name == "chunk_gla" else "gk"
+
+        def run(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            out, final = function(q, k, v, **{decay: g}, initial_state=state, output_final_state=True)
+            return out, final
+
+        return ready(inputs, run, str(dtype).removeprefix("torch."), repeated_operands(inputs, dtype))
 
     return prepare
 

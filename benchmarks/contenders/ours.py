@@ -22,6 +22,7 @@ from benchmarks.contenders.base import (
 )
 from benchmarks.problem import Inputs
 from dtr_kernels import operator
+from dtr_kernels.pack_plan import pack_plan
 
 TRUTH = "reference"
 """The backend that the others are held to; it is not timed."""
@@ -49,7 +50,7 @@ def contenders(device: str) -> list[Contender]:
             options = {"backend": name} if chooses else {}
             suffix = "" if name == "auto" else f" {name}"
             row = _usable(name, device, prepare, options)
-            rows.append(Contender(f"ours {label} over a pool{suffix}", "rule", row, directions(direction)))
+            rows.append(Contender(f"ours {label} over a pool{suffix}", "rule", row, directions(direction), graph=True))
     return rows
 
 
@@ -114,7 +115,10 @@ def _packed(inputs: Inputs, options: dict[str, Any]) -> Ready:
     operands = cast(inputs)
     pool, slots = _pool(inputs.state.float())
     tokens = {name: None if (x := operands[name]) is None else x[0] for name in ("q", "k", "v", "log_decay", "beta")}
-    borders, started = torch.tensor([0, problem.length]), torch.tensor([True])
+    borders = torch.tensor([0, problem.length], device=problem.device)
+    started = torch.tensor([True], device=problem.device)
+    # As in serving: one plan of the pack for all layers.
+    plan = pack_plan(borders, problem.length, problem.torch_dtype)
 
     def call() -> Tensor:
         return linear_attention_packed(
@@ -125,6 +129,7 @@ def _packed(inputs: Inputs, options: dict[str, Any]) -> Ready:
             slots=slots,
             cu_seqlens=borders,
             has_initial_state=started,
+            plan=plan,
             **options,
         )
 

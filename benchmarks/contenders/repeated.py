@@ -14,13 +14,14 @@ Rule = Callable[..., tuple[Tensor, Tensor]]
 
 
 def repeated_operands(inputs: Inputs, dtype: Any = None) -> dict[str, Tensor]:
-    """q, k, v, g, beta [B,T,Hq,...] and state [B,Hq,D,D] of the gated delta rule, contiguous."""
+    """q, k, v, g, beta [B,T,Hq,...] and state [B,Hq,D,D], contiguous; those that the rule has."""
     operands, group = cast(inputs, dtype), inputs.problem.shape.group
     names = {"q": "q", "k": "k", "v": "v", "log_decay": "g", "beta": "beta", "state": "state"}
     found = {}
     for ours, theirs in names.items():
         tensor = operands[ours]
-        assert tensor is not None, "the gated delta rule has every operand"
+        if tensor is None:
+            continue
         dim = 1 if ours == "state" else 2
         found[theirs] = tensor if ours == "q" else tensor.repeat_interleave(group, dim).contiguous()
     return found
@@ -34,11 +35,11 @@ def ready(inputs: Inputs, run: Rule, dtype: str, operands: dict[str, Tensor]) ->
     leaves = {
         ours: operands[theirs].detach().clone()
         for ours, theirs in {"q": "q", "k": "k", "v": "v", "log_decay": "g", "beta": "beta"}.items()
+        if theirs in operands
     }
-    state = operands["state"]
 
     def forward() -> Tensor:
-        return run(leaves["q"], leaves["k"], leaves["v"], leaves["log_decay"], leaves["beta"], state)[0]
+        return run(*leaves.values(), operands["state"])[0]
 
     def folded(name: str, gradient: Tensor) -> Tensor:
         # The gradient of what was repeated is the sum over its copies.

@@ -86,8 +86,8 @@ class HybridMixer(nn.Module):
         **_: Any,
     ) -> tuple[Tensor, None]:
         """hidden_states [B,T,hidden]; attention_mask [B,T], 1 = token, or None; -> ([B,T,hidden], None)."""
-        # Another backend is there to check the compiled kernels, so nothing around the operator may use them either.
-        with disabled(self.backend not in ("auto", "compiled")):
+        # Another backend is there to check the kernels, so nothing around the operator may use them either.
+        with disabled(self.backend not in ("auto", "compiled", "triton")):
             q, k, v = self.project(hidden_states, position_embeddings)
             states = None if past_key_values is None else past_key_values.layers[self.layer_idx]
             mask = None if attention_mask is None else attention_mask.bool()

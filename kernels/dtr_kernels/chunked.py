@@ -3,6 +3,9 @@
 All chunks are prepared at once; only the state is carried from chunk to chunk. Query heads of one kv head share the
 key products, the triangular solve and the state. Memory is linear in T: the largest tensors are [chunks, C, C].
 
+On a GPU the two parts that torch does slowly are Triton kernels (`triton.training`): the state from chunk to chunk, and
+the triangular systems. What is around them is the same.
+
 Within a chunk of C tokens, with c_i the cumulated log-decay and S the state before the chunk (Yang et al., Gated Delta
 Networks, arXiv 2412.06464, section 3; Yang et al., GLA, arXiv 2312.06635, section 4):
 
@@ -12,9 +15,13 @@ Networks, arXiv 2412.06464, section 3; Yang et al., GLA, arXiv 2312.06635, secti
     S'   = exp(c_C) S  +  (exp(c_C - c) K)^T U
 """
 
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dtr_kernels.gpu import on_gpu
 
 CHUNK = 64
 SUBCHUNK = 16
@@ -42,7 +49,8 @@ def linear_attention_chunked(
     group = query_heads // kv_heads
     if length == 0:
         return q.new_zeros(batch, 0, query_heads, value_dim, dtype=dtype), state
-    chunk = min(CHUNK, max(SUBCHUNK, 1 << (length - 1).bit_length()))
+    kernels = _kernels(q, k, v, state, beta is not None)
+    chunk = min(CHUNK, max(SUBCHUNK if kernels is None else min(kernels.INVERTIBLE), 1 << (length - 1).bit_length()))
     chunks = -(-length // chunk)
     pad = chunks * chunk - length
 
@@ -78,21 +86,25 @@ def linear_attention_chunked(
     if beta is not None:
         strength = split(beta)[..., None]
         system = (products[:, :, :, group] * strength).tril(-1)
-        system = system + torch.eye(chunk, dtype=dtype, device=q.device)
         keys_in = keys if decay_in is None else keys * decay_in
         right = torch.cat([values * strength, keys_in * strength], -1)
-        solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+        if kernels is not None:
+            solved = kernels.inverse(system) @ right
+        else:
+            system = system + torch.eye(chunk, dtype=dtype, device=q.device)
+            solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
         written, correction = solved.split([value_dim, key_dim], -1)
 
     keys_out = keys if decay_out is None else keys * decay_out
-    states = []
-    for n in range(chunks):
-        states.append(state)
-        u = written[:, :, n] if correction is None else written[:, :, n] - correction[:, :, n] @ state
-        update = keys_out[:, :, n].transpose(-1, -2) @ u
-        # decay_all [B,Hkv,N,Dk or 1]: broadcast over the value dimension
-        state = (state if decay_all is None else state * decay_all[:, :, n].unsqueeze(-1)) + update
-    before = torch.stack(states, 2)
+    if kernels is not None:
+        together = lambda x: None if x is None else x.flatten(0, 1)  # noqa: E731
+        before, last = kernels.carry(
+            together(keys_out.mT @ written), together(state), together(decay_all), together(correction),
+            None if correction is None else together(keys_out),
+        )  # fmt: skip
+        before, state = before.unflatten(0, (batch, kv_heads)), last.unflatten(0, (batch, kv_heads))
+    else:
+        before, state = _carried(written, correction, keys_out, decay_all, state)
     if correction is not None:
         written = written - correction @ before
     queries_in = queries if decay_in is None else queries * decay_in.unsqueeze(3)
@@ -100,6 +112,30 @@ def linear_attention_chunked(
     out = out.unflatten(3, (group, chunk)).movedim(3, 2)  # [B,Hkv,group,N,C,Dv]
     out = (scale * out).flatten(1, 2).flatten(2, 3)[:, :, :length].transpose(1, 2)
     return out, state
+
+
+def _kernels(q: Tensor, k: Tensor, v: Tensor, state: Tensor, delta: bool) -> ModuleType | None:
+    """`triton.training` where its kernels take these operands, None where torch does everything."""
+    if state.dtype != torch.float32 or not on_gpu(q, k, v):
+        return None
+    from dtr_kernels.triton import training
+
+    return None if delta and k.shape[-1] > training.LARGEST_CORRECTED else training
+
+
+def _carried(
+    written: Tensor, correction: Tensor | None, keys_out: Tensor, decay_all: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """States before the chunks [B,Hkv,N,Dk,Dv] and the last one. written [B,Hkv,N,C,Dv], correction and keys_out
+    [B,Hkv,N,C,Dk], decay_all [B,Hkv,N,Dk or 1], state [B,Hkv,Dk,Dv]."""
+    states = []
+    # Not by index: the gradient of x[:, :, n] is as large as x.
+    corrections, decays = (None if x is None else x.unbind(2) for x in (correction, decay_all))
+    for n, (u, keys) in enumerate(zip(written.unbind(2), keys_out.unbind(2), strict=True)):
+        states.append(state)
+        update = keys.transpose(-1, -2) @ (u if corrections is None else u - corrections[n] @ state)
+        state = (state if decays is None else state * decays[n].unsqueeze(-1)) + update
+    return torch.stack(states, 2), state
 
 
 def _exp(exponent: Tensor, dtype: torch.dtype) -> Tensor:

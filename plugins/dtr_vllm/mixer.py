@@ -24,7 +24,8 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from dtr_deploy.hybrid.layout import Entry
 from dtr_kernels.conv import dynamic_conv_packed, dynamic_conv_step
 from dtr_kernels.forms import Form, make_form
-from dtr_kernels.operator import linear_attention_packed, linear_attention_step
+from dtr_kernels.gpu import on_gpu
+from dtr_kernels.operator import GPU_POOL_DTYPES, linear_attention_packed, linear_attention_step
 from dtr_kernels.pack_plan import products_of
 from dtr_kernels.window import window_attention_packed, window_attention_step
 from dtr_vllm.families import FAMILIES
@@ -162,6 +163,11 @@ class LinearMixer(nn.Module, MambaBase):
             return
         taps = form.taps(hidden)
         values = v if taps is None else dynamic_conv_step(v, taps, pool=state["conv"], slots=slots)
+        if on_gpu(q) and form.step_gates() is not None and state["recurrent"].dtype in GPU_POOL_DTYPES:
+            from dtr_kernels.triton import mixer_step
+
+            mixer_step(form, state, q, k, v, values, hidden, slots=slots, positions=positions, out=out)
+            return
         o = form.operands(q, k, values, hidden)
         linear = linear_attention_step(
             o.q,

@@ -25,7 +25,8 @@ def test_a_batch_equals_the_token_loop(rule, per_key, length):
 
 
 def test_gradients_are_refused_and_a_cpu_does_not_list_it():
-    q, k, v, log_decay, beta, _ = narrow(operands("gated_delta", 1, 4, 1, 1, 16, 16, False, -0.5, None, 0))
+    tensors = narrow(operands("gated_delta", 1, 4, 1, 1, 16, 16, False, -0.5, None, 0))
+    q, k, v, log_decay, beta, _ = (x.to(DEVICE) for x in tensors)
     with pytest.raises(ValueError, match="'triton' has no gradient"):
         linear_attention(q.requires_grad_(), k, v, rule="gated_delta", log_decay=log_decay, beta=beta, backend="triton")
     assert "triton" not in available_backends("cpu") and "compiled" not in available_backends("cuda")

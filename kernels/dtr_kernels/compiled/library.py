@@ -55,7 +55,8 @@ _disabled = threading.local()
 
 @contextmanager
 def disabled(yes: bool = True) -> Iterator[None]:
-    """While this is open, this thread does without the compiled kernels: they are held to what torch computes."""
+    """While this is open, this thread does without the compiled kernels, and without those for GPUs where it has the
+    choice: they are held to what torch computes."""
     before = getattr(_disabled, "yes", False)
     _disabled.yes = yes or before
     try:
@@ -64,9 +65,14 @@ def disabled(yes: bool = True) -> Iterator[None]:
         _disabled.yes = before
 
 
+def is_disabled() -> bool:
+    """Whether `disabled` is open in this thread."""
+    return getattr(_disabled, "yes", False)
+
+
 def is_available() -> bool:
     """Whether the compiled kernels can be used; the first call compiles them if need be."""
-    return not getattr(_disabled, "yes", False) and _load()[0] is not None
+    return not is_disabled() and _load()[0] is not None
 
 
 def can_take(*operands: Tensor) -> bool:

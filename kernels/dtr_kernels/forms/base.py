@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dtr_kernels.compiled import rows, step
+from dtr_kernels.gpu import on_gpu
 from dtr_kernels.window import Rest
 
 NORM_EPS = 1e-6
@@ -126,6 +127,11 @@ class Form(nn.Module):
         D and scaled per head and channel; what the operator gives has no scale of its own."""
         if rows.fits(out):
             return rows.readout(out, self.out_gain, NORM_EPS)
+        if not torch.is_grad_enabled() and on_gpu(out):
+            from dtr_kernels.triton import rows as gpu_rows
+
+            if gpu_rows.fits(out):
+                return gpu_rows.readout(out, self.out_gain, NORM_EPS)
         out = out.float()
         return out * torch.rsqrt(out.square().mean(-1, keepdim=True) + NORM_EPS) * self.out_gain
 
@@ -133,6 +139,10 @@ class Form(nn.Module):
         """The linear branch [...,Hq,D] as one more key of the window's softmax: the heads' output is then what
         `window_attention` returns. Without a window it is the linear branch itself."""
         return Rest(self.rest_logit, linear)
+
+    def gates(self, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """hidden [...,hidden_size] -> log decay and beta of `operands`, float32, for forms that have `step_gates`."""
+        return None, None
 
     def step_gates(self) -> dict[str, Tensor] | None:
         """What `compiled.step` projects this form's decay and beta from hidden with; None: it has no such step."""

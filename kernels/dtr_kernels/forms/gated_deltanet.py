@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dtr_kernels.compiled import rows
 from dtr_kernels.forms.base import Form, FormConfig, Operands, TeacherStatistics, small_linear
+from dtr_kernels.gpu import on_gpu
 
 L2_EPS = 1e-6
 
@@ -17,6 +18,11 @@ def l2_normalised(x: Tensor) -> Tensor:
     """x / |x| over the last dimension, float32; the epsilon is inside the root, as in the public implementations."""
     if rows.fits(x):
         return rows.unit_rows(x, L2_EPS)
+    if not torch.is_grad_enabled() and on_gpu(x):
+        from dtr_kernels.triton import rows as gpu_rows
+
+        if gpu_rows.fits(x):
+            return gpu_rows.unit_rows(x, L2_EPS)
     x = x.float()
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
 
@@ -51,13 +57,19 @@ class GatedDeltaNet(Form):
         nn.init.zeros_(self.beta_proj.bias)
 
     def operands(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Operands:
+        log_decay, beta = self.gates(hidden)
+        return Operands(l2_normalised(q), l2_normalised(k), v.float(), log_decay, beta)
+
+    def gates(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        if not torch.is_grad_enabled() and on_gpu(hidden):
+            from dtr_kernels.triton import rows as gpu_rows
+
+            return gpu_rows.gates(hidden, self.decay_proj, self.decay_log_rate, self.beta_proj)
         rate = torch.exp(self.decay_log_rate)
         if not torch.is_grad_enabled() and rows.fits(hidden):
-            log_decay, beta = rows.decay_gate(hidden, self.decay_proj, rate), rows.beta_gate(hidden, self.beta_proj)
-        else:
-            hidden = hidden.float()
-            log_decay, beta = -rate * F.softplus(self.decay_proj(hidden)), torch.sigmoid(self.beta_proj(hidden))
-        return Operands(l2_normalised(q), l2_normalised(k), v.float(), log_decay, beta)
+            return rows.decay_gate(hidden, self.decay_proj, rate), rows.beta_gate(hidden, self.beta_proj)
+        hidden = hidden.float()
+        return -rate * F.softplus(self.decay_proj(hidden)), torch.sigmoid(self.beta_proj(hidden))
 
     def step_gates(self) -> dict[str, Tensor]:
         return {

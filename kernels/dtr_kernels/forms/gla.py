@@ -38,6 +38,9 @@ class GatedLinearAttention(Form):
     def operands(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Operands:
         return Operands(q.float(), k.float(), v.float(), self._log_decay(hidden), None)
 
+    def gates(self, hidden: Tensor) -> tuple[Tensor, None]:
+        return self._log_decay(hidden), None
+
     def step_gates(self) -> dict[str, Tensor]:
         return {}
 

@@ -15,12 +15,14 @@ except ImportError as error:
 from dtr_kernels.triton.chunk_plan import ChunkPlan
 from dtr_kernels.triton.decode import linear_attention_decode
 from dtr_kernels.triton.prefill import linear_attention_prefill, plan_of_operator
+from dtr_kernels.triton.step import mixer_step
 from dtr_kernels.triton.window import plan_of_window, window_attention_decode, window_attention_prefill
 
 __all__ = [
     "ChunkPlan",
     "linear_attention_decode",
     "linear_attention_prefill",
+    "mixer_step",
     "plan_of_operator",
     "plan_of_window",
     "window_attention_decode",

@@ -184,7 +184,9 @@ def linear_attention_prefill(
 
     block_m = 32 if exact else (64 if chunk * group < 256 else 128)
     block_v = 32 if exact else (128 if value_dim % 128 == 0 else 64)
-    block_v = min(padded(value_dim), block_v)
+    # Not narrower than a chunk on tensor cores: with fewer columns ptxas 12.8 (Triton 3.6) gives the second product of
+    # weights and values a descriptor made from a wrong register; the assembly it is given is right, and 12.9 keeps it.
+    block_v = min(padded(value_dim), block_v) if exact else block_v
     row_blocks = triton.cdiv(chunk * group, block_m)
     output_kernel[(chunks, row_blocks * triton.cdiv(value_dim, block_v), kv_heads)](
         q, k, u, plan.table, slots, states, cumulated, decay_in, attention, out, scale, chunks, sequences, tokens,
