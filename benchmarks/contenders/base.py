@@ -65,7 +65,7 @@ def graphed(contender: Contender) -> Contender:
         with torch.cuda.graph(graph):
             result = ready.call()
 
-        def call() -> Any:
+        def call(operands: Ready = ready) -> Any:  # the graph reads them: they must not be freed
             graph.replay()
             return result
 

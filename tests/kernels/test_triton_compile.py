@@ -20,10 +20,14 @@ CASES = [
     "fused-linear-head-bf16-2-128-65",
     "window-prefill-bf16-4-128-128",
     "window-decode-fp32-3-64-64",
+    "around-bf16-4-128-128",
+    "training-delta-128-128",
+    "training-gated-key-96-65",
 ]
 KERNELS = {
     "plan_kernel", "key_decay_products_kernel", "prepare_kernel", "state_kernel", "output_kernel", "decode_kernel",
-    "window_prefill_kernel", "ring_write_kernel", "window_decode_kernel",
+    "window_prefill_kernel", "ring_write_kernel", "window_decode_kernel", "rows_kernel", "gates_kernel", "carry_kernel",
+    "inverse_kernel",
 }  # fmt: skip
 # What a block may have on the smallest GPUs since Ampere (sm_86, sm_89); sm_80 has 163 KiB, sm_90 227 KiB.
 SHARED_LIMIT = 99 * 1024

@@ -24,9 +24,11 @@ from triton.runtime.jit import JITFunction
 from dtr_kernels.triton import (
     linear_attention_decode,
     linear_attention_prefill,
+    rows,
     window_attention_decode,
     window_attention_prefill,
 )
+from dtr_kernels.triton.training import carry, inverse
 
 RULE_DECAYS = [
     ("linear", "head"), ("gated", "head"), ("gated", "key"), ("delta", "head"), ("gated_delta", "head"),
@@ -110,8 +112,29 @@ def window(launch, dtype, shape):
         window_attention_prefill(q, k, k, slots=rows[:2], cu_seqlens=borders, start=rows[:2], **kwargs)
 
 
+def training(corrected, per_key, key_dim, value_dim):
+    tokens, chunks = 64, 3
+    empty = lambda *shape: torch.empty(KV_HEADS, *shape)  # noqa: E731
+    around = empty(chunks, tokens, key_dim) if corrected else None
+    decay = empty(chunks, key_dim if per_key else 1)
+    carry(empty(chunks, key_dim, value_dim), empty(key_dim, value_dim), decay, around, around)
+    inverse(empty(chunks, tokens, tokens))
+
+
+def around_the_operator(dtype, shape):
+    group, dim, _ = shape
+    hidden = torch.empty(ROWS, 1024, dtype=dtype)
+    rows.unit_rows(torch.empty(ROWS, KV_HEADS * group, dim, dtype=dtype), 1e-6)
+    rows.readout(torch.empty(ROWS, KV_HEADS * group, dim), torch.empty(KV_HEADS * group, dim), 1e-6)
+    rows.gates(hidden, *(torch.nn.Linear(1024, KV_HEADS), torch.empty(KV_HEADS), torch.nn.Linear(1024, KV_HEADS)))
+
+
 def all_cases():
-    cases = {}
+    cases = {
+        f"training-{name}-{key_dim}-{value_dim}": partial(training, corrected, per_key, key_dim, value_dim)
+        for name, corrected, per_key in (("delta", True, False), ("delta-key", True, True), ("gated-key", False, True))
+        for key_dim, value_dim in ((64, 64), (128, 128), (96, 65))
+    }
     for type_name, dtype in DTYPES.items():
         for shape in SHAPES:
             shape_name = "-".join(map(str, shape))
@@ -121,6 +144,7 @@ def all_cases():
                 cases[f"prefill-many-{name}"] = partial(prefill, rule, decay, dtype, shape, 300)
                 for launch in (decode, extend, fused):
                     cases[f"{launch.__name__}-{name}"] = partial(launch, rule, decay, dtype, shape)
+            cases[f"around-{type_name}-{shape_name}"] = partial(around_the_operator, dtype, shape)
             for launch in ("prefill", "decode"):
                 cases[f"window-{launch}-{type_name}-{shape_name}"] = partial(window, launch, dtype, shape)
     return cases
