@@ -177,6 +177,7 @@ class Build:
                 batch_size=recipe.distill.batch_size,
                 learning_rate=recipe.distill.learning_rate,
                 form_learning_rate=recipe.distill.form_learning_rate,
+                calibrate=recipe.distill.calibrate,
                 precision=recipe.distill.precision,
                 seed=recipe.seed,
             )

@@ -77,6 +77,9 @@ class Distill(Section):
     """Of a form's own parameters."""
     precision: Precision = "auto"
     """Of the large products: `auto` is bfloat16 where the processor multiplies it natively."""
+    calibrate: bool = True
+    """Start forms from statistics of their teachers. Errors are lower with it; with most layers replaced, recall was
+    better without (docs/studies/twins.md)."""
     held_out: Positive = 24
     """Sequences that no twin trains on; errors, screening and parity prompts come from them."""
     twins_at_once: Positive | None = None

@@ -12,6 +12,8 @@ from transformers import LlamaConfig, Qwen2Config
 from typer.testing import CliRunner
 
 from dtr_deploy.cli import app
+from dtr_deploy.distill.trainer import DistillSettings
+from dtr_deploy.errors import UsageError
 from dtr_deploy.pipeline import build
 from dtr_deploy.recipe import load_recipe
 from dtr_deploy.run_dir import RunDir
@@ -139,3 +141,22 @@ def test_every_stage_on_a_tiny_model_of_the_architecture(tmp_path: Path, name: s
     config = json.loads((run.path / "hybrid/config.json").read_text())
     assert any(config["dtr"]["forms"]) and not all(config["dtr"]["forms"])
     assert config["tie_word_embeddings"] == PUBLISHED[name][0].tie_word_embeddings
+
+
+@pytest.mark.parametrize("calibrate", [True, False])
+def test_start_values_are_the_recipes_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calibrate: bool) -> None:
+    file = small("qwen2.5-1.5b", tmp_path)
+    recipe = yaml.safe_load(file.read_text())
+    if not calibrate:
+        recipe["distill"]["calibrate"] = False
+    file.write_text(yaml.safe_dump(recipe))
+    seen = []
+
+    def record(*arguments: object, **_: object) -> None:
+        seen.extend(x for x in arguments if isinstance(x, DistillSettings))
+        raise UsageError("enough")
+
+    monkeypatch.setattr("dtr_deploy.distill.stage.distill", record)
+    with pytest.raises(UsageError, match="enough"):
+        build(load_recipe(file), RunDir(tmp_path / "run"))
+    assert [settings.calibrate for settings in seen] == [calibrate]
