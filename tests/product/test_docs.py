@@ -6,14 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from dtr_deploy.distill.stage import distill
 from dtr_deploy.distill.trainer import DistillSettings
+from dtr_deploy.engines.ort import OrtEngine
+from dtr_deploy.engines.torch import TorchEngine
+from dtr_deploy.export.onnx import export_model
+from dtr_deploy.export.onnx.forms import EMITTERS
 from dtr_deploy.hybrid.model import make_hybrid
 from dtr_kernels.forms import FORMS
-from tests.tiny import tiny_backbone
+from tests.tiny import tiny_backbone, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -70,7 +75,7 @@ def page_code(page: str, title: str) -> str:
 
 
 def test_the_guides_form_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the guide writes is a form: registered as it says, it trains, and decodes what it prefills."""
+    """What the guide writes is a form: registered as it says, it trains, decodes what it prefills, and exports."""
     names: dict[str, type] = {}
     exec(compile(page_code("add-a-form.md", "retention.py"), "retention.py", "exec"), names)
     monkeypatch.setitem(FORMS, "retention", names["Retention"])
@@ -93,6 +98,14 @@ def test_the_guides_form_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for layer in (1, 2):
         hybrid.model.layers[layer].self_attn.backend = "reference"
     torch.testing.assert_close(hybrid(text[:2], use_cache=False).logits, whole, atol=2e-4, rtol=2e-4)
+
+    exec(compile(page_code("add-a-form.md", "emitters/retention.py"), "retention.py", "exec"), names)
+    monkeypatch.setitem(EMITTERS, "retention", names["RetentionEmitter"])
+    export_model(hybrid, tiny_tokenizer(), tmp_path / "onnx", "fp32", "cpu")
+    prompts = [text[0].tolist(), text[1, :7].tolist()]  # the shorter one is padded
+    engine = OrtEngine(tmp_path / "onnx", "fp32", threads=1)
+    for ours, theirs in zip(engine.score(prompts), TorchEngine(hybrid).score(prompts), strict=True):
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=2e-4)
 
 
 @pytest.mark.parametrize("page", sorted({*DOCS.rglob("*.md"), ROOT / "README.md"}), ids=lambda page: page.stem)
