@@ -6,6 +6,7 @@ machine multiplies matrices; they are for deciding whether to start, not for pro
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -157,7 +158,7 @@ def make_plan(recipe: Recipe, config: Any, multiply_flops: float, items: int | N
     """The plan of a recipe for a model.
 
     config: the model's configuration. multiply_flops: floating point operations per second of a large matrix product
-    here. items: examples in the search split of all tasks, where known.
+    here, or on each worker of a cluster. items: examples in the search split of all tasks, where known.
     """
     sizes = ModelSizes.of(config)
     flops = multiply_flops * EFFICIENCY
@@ -165,7 +166,12 @@ def make_plan(recipe: Recipe, config: Any, multiply_flops: float, items: int | N
     twins = layers * len(recipe.forms)
     per_token = 2.0 * (sizes.parameters - sizes.embedding)
 
-    distill_flops = recipe.distill.tokens * (per_token + TRAINING_PASSES * 2.0 * sizes.attention * twins)
+    workers = planned_workers(recipe)
+    own = math.ceil(twins / workers)
+    # Each group of twins has a pass of the teacher of its own.
+    passes_of_teacher = math.ceil(own / min(own, recipe.distill.twins_at_once or own))
+    training = passes_of_teacher * per_token + TRAINING_PASSES * 2.0 * sizes.attention * own
+    distill_flops = recipe.distill.tokens * training
     # A pass of the teacher, the hybrid's, and back through it; the output embedding for both, and back.
     heal_flops = recipe.heal.tokens * (3 * per_token + 3 * 2.0 * sizes.embedding)
     screen_tokens = recipe.search.screen.sequences * recipe.distill.sequence_length
@@ -175,8 +181,9 @@ def make_plan(recipe: Recipe, config: Any, multiply_flops: float, items: int | N
     evaluated = [task for task in recipe.tasks if task.lm_eval is not None]
     # A swap of layer i reuses what lies before it: half of the layers on average.
     screens, scores = _evaluations(recipe, twins, layers)
-    search_seconds = 0.5 * per_token * (screens * screen_tokens + scores * task_tokens) / flops
-    searched = f"about {screens:,} screenings, {scores:,} scorings ({recipe.search.strategy})"
+    search_seconds = 0.5 * per_token * (screens * screen_tokens + scores * task_tokens) / flops / workers
+    shared = f" on {workers} workers" if workers > 1 else ""
+    searched = f"about {screens:,} screenings, {scores:,} scorings ({recipe.search.strategy}){shared}"
     if (minutes := recipe.search.minutes) is not None:
         search_seconds = min(search_seconds, 60 * minutes)
         searched += f", at most {minutes:g} minutes of them"
@@ -199,7 +206,7 @@ def make_plan(recipe: Recipe, config: Any, multiply_flops: float, items: int | N
     exports = [pair for pair in [*served, *base_precisions(recipe)] if pair[0] == "ort"]
 
     work = {
-        "distill": f"{recipe.distill.tokens:,} tokens, {twins} twins ({layers} layers)",
+        "distill": f"{recipe.distill.tokens:,} tokens, {twins} twins ({layers} layers){shared}",
         "heal": f"{recipe.heal.tokens:,} tokens in random hybrids",
         "throughput curve": f"{layouts} layouts, {runs} runs of {workload:,} tokens on {target.engine}",
         "search": searched,
@@ -227,6 +234,11 @@ def make_plan(recipe: Recipe, config: Any, multiply_flops: float, items: int | N
     return Plan(planned, disk_bytes(recipe, sizes), memory_bytes(recipe, sizes), twins)
 
 
+def planned_workers(recipe: Recipe) -> int:
+    """Workers of the recipe's cluster where it says how many; else 1, since that is known on the cluster only."""
+    return 1 if recipe.cluster.address == "none" else recipe.cluster.workers or 1
+
+
 def memory_bytes(recipe: Recipe, sizes: ModelSizes) -> int:
     """Of stage 1 or of healing, whichever needs more, with the backbone in float32.
 
@@ -236,7 +248,8 @@ def memory_bytes(recipe: Recipe, sizes: ModelSizes) -> int:
     from dtr_deploy.distill.trainer import DistillSettings
 
     twins = len(recipe.distill.layers.indices(sizes.layers)) * len(recipe.forms)
-    at_once = min(twins, recipe.distill.twins_at_once or twins)
+    own = math.ceil(twins / planned_workers(recipe))
+    at_once = min(own, recipe.distill.twins_at_once or own)
     # Weights and the optimiser's two moments; one twin at a time has gradients.
     trained = 4.0 * TWIN_SIZE * sizes.attention * (3 * at_once + 1)
     pass_tokens = max(recipe.distill.batch_size, DistillSettings.teacher_sequences) * recipe.distill.sequence_length

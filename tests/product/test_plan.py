@@ -73,6 +73,28 @@ def test_more_work_costs_more(tmp_path: Path) -> None:
     assert stage.work == "the test split of 1 tasks" and stage.seconds > 0
 
 
+def test_workers_share_twins_and_scorings_and_each_group_has_its_teacher(tmp_path: Path) -> None:
+    config = tiny_backbone().config
+
+    def stages(*change: str) -> tuple[dict, int]:
+        made = make_plan(load_recipe(write_recipe(tmp_path, *change)), config, 1e9)
+        return {stage.stage: stage for stage in made.stages}, made.memory_bytes
+
+    (alone, memory), line = stages(), "tokens: 100_000"
+    teacher = 100_000 * 2 * (ModelSizes.of(config).parameters - ModelSizes.of(config).embedding) / 0.5e9
+    grouped, less = stages(line, f"{line}, twins_at_once: 3")  # 8 twins: three groups
+    assert grouped["distill"].seconds == pytest.approx(alone["distill"].seconds + 2 * teacher) and less < memory
+
+    cluster = "cluster: {address: auto, workers: 4}\nname: small"
+    four, less = stages("name: small", cluster)
+    assert four["distill"].work.endswith("on 4 workers") and four["search"].work.endswith("on 4 workers")
+    assert four["distill"].seconds == pytest.approx(teacher + (alone["distill"].seconds - teacher) / 4)
+    assert four["search"].seconds == pytest.approx(alone["search"].seconds / 4) and less < memory
+    assert four["parity"].seconds == alone["parity"].seconds
+    unknown, _ = stages("name: small", "cluster: auto\nname: small")
+    assert unknown["distill"].seconds == alone["distill"].seconds
+
+
 def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe(write_recipe(tmp_path))
     run = RunDir(tmp_path / "run")
