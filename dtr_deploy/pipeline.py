@@ -100,7 +100,7 @@ class Build:
         try:
             choose(device, 0)
         except UsageError as error:
-            raise recipe.error(("device",), str(error)) from error
+            raise recipe.error(("device",), str(error).removeprefix("device ")) from error
         self.progress.line(f"loading {recipe.model}")
         return load_backbone(
             recipe.model_spec(),

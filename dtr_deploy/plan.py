@@ -320,7 +320,7 @@ def trains_on(recipe: Recipe, config: Any) -> str:
     try:
         device = choose(recipe.device, int(4 * ModelSizes.of(config).parameters))
     except UsageError as error:
-        raise recipe.error(("device",), str(error)) from error
+        raise recipe.error(("device",), str(error).removeprefix("device ")) from error
     return "cuda:0" if device == SPREAD else device
 
 

@@ -17,6 +17,7 @@ MODELS = pytest.mark.parametrize(
         *((family, (None, form), 64, "fp16") for family in ("llama", "qwen2", "qwen3") for form in FORMS),
         ("llama", ("gla", "jet", None), 0, "fp16"),
         ("qwen2", (None, "gated_deltanet"), 64, "int4"),
+        ("llama", (None, "jet"), 16, "int8"),
         ("qwen3", None, 64, "fp16"),
     ],
 )
