@@ -148,6 +148,8 @@ class Build:
     @cached_property
     def distill_key(self) -> str:
         settings = self.recipe.distill.model_dump(mode="json", exclude={"layers", "twins_at_once"})
+        if settings["calibrate"]:
+            del settings["calibrate"]  # runs from before it was a choice keep their twins
         texts = [
             hashlib.sha256(part.numpy().tobytes()).hexdigest() for part in (self.corpus.train, self.corpus.held_out)
         ]
