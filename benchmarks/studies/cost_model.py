@@ -90,7 +90,7 @@ def cost_model(
         deadline = time.monotonic() + 60 * max_minutes if max_minutes else None
         with Ledger(out / "ledger.sqlite") as ledger:
             found = [study(backbone, engine, workload, repeats, ledger, deadline) for engine in chosen]
-        write_page(out, found, "a tiny random model" if small else model, workload, repeats)
+        write_page(out, found, "a tiny random model" if small else model, workload, repeats, small)
         typer.echo((out / "cost_model.md").read_text(encoding="utf-8"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,14 +26,33 @@ PLACES = ("half, spread", "half, the first", "half, the last")
 """Layouts of equal counts: what differs between them is noise, or what places cost."""
 
 
-def write_page(out: Path, found: Sequence[EngineStudy], model: str, workload: Workload, repeats: int) -> None:
+def write_page(
+    out: Path, found: Sequence[EngineStudy], model: str, workload: Workload, repeats: int, small: bool
+) -> None:
     """`summary.json` and `cost_model.md` in `out`."""
     environment = describe("cpu", 0)
     engines = [_engine(study) for study in found]
-    settings = {"model": model, "workload": workload.to_dict(), "repeats": repeats}
+    settings = {"model": model, "workload": workload.to_dict(), "repeats": repeats, "small": small}
     summary = {"schema": SCHEMA, "settings": settings, "environment": environment, "engines": engines}
     write_atomically(out / "summary.json", json.dumps(summary, indent=1).encode())
     write_atomically(out / "cost_model.md", _page(summary, str(workload)).encode())
+
+
+def _command(summary: dict[str, Any]) -> str:
+    """What makes the page again, every option that its figures depend on written out."""
+    settings, engines = summary["settings"], summary["engines"]
+    options = {
+        "prompt": settings["workload"]["prompt"],
+        "output": settings["workload"]["output"],
+        "repeats": settings["repeats"],
+    }
+    words = ["python", "-m", "benchmarks.studies.cost_model", "--out", "FOLDER"]
+    words += [word for engine in engines for word in ("--engines", engine["engine"])]
+    if settings["small"]:
+        return " ".join([*words, "--small"])
+    options = {"model": settings["model"], **options}
+    words += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return shlex.join(words)
 
 
 def _engine(study: EngineStudy) -> dict[str, Any]:
@@ -79,7 +99,7 @@ def _page(summary: dict[str, Any], workload: str) -> str:
     machine[0] = machine[0].split("; ")[0] + f"; {summary['environment']['cores']} cores"
     parts = [
         "# Predicted and measured throughput",
-        "`python -m benchmarks.studies.cost_model --out FOLDER`",
+        f"`{_command(summary)}`",
         "\n".join(machine),
         f"Backbone: {settings['model']}, start weights. Workload: {workload}. Every layout and the backbone were open "
         f"at once and timed in turns, in rounds until {settings['repeats']} agreed within {AGREEMENT:.0%}, "

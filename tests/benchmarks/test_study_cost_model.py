@@ -42,6 +42,7 @@ def test_the_whole_path_stopped_and_taken_up(tmp_path: Path, monkeypatch: pytest
     largest = max(abs(row["error"]["speedup"]) for row in engine["rows"])
     assert engine["errors"]["speedup"]["largest"] == largest
     page = (tmp_path / "cost_model.md").read_text()
+    assert "`python -m benchmarks.studies.cost_model --out FOLDER --engines ort --small`" in page
     assert all(f"| {row['name']} |" in page for row in engine["rows"]) and f"largest {largest:.1%}" in page
 
 
