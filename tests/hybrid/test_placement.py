@@ -58,7 +58,8 @@ def logits(model):
 
 
 def close(ours, theirs):
-    torch.testing.assert_close(ours.to("cpu"), theirs, rtol=1e-4, atol=1e-4)
+    # float32 summed in another order: a few hundred roundings of the largest value.
+    torch.testing.assert_close(ours.to("cpu"), theirs, rtol=1e-4, atol=max(1e-4, 5e-5 * theirs.abs().max().item()))
 
 
 def test_the_devices_of_these_tests_refuse_what_a_gpu_refuses():
