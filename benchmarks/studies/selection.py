@@ -65,9 +65,15 @@ def selection(
             for name, items, seed in runs:
                 rows.append(winner(setup, cost, name, items, seed, max_score_loss))
                 bar.advance(note=f"{name}, {items.reviews} reviews")
-        command = ["python", "-m", NAME, "--out", "FOLDER", "--seeds", str(seeds), "--strategies", *names]
+        command: list[object] = ["python", "-m", NAME, "--out", "FOLDER", "--seeds", seeds, "--strategies", *names]
+        if small:
+            command += ["--small"]
+        else:
+            command += ["--model", model, "--tokens", tokens, "--reviews", *(items.reviews for items in settings)]
+            command += ["--max-score-loss", max_score_loss, "--prompt", prompt, "--output", output]
+            command += ["--repeats", repeats]
         summary = {
-            "command": shlex.join([*command, *(["--small"] if small else [])]),
+            "command": shlex.join(map(str, command)),
             "machine": describe("cpu", threads),
             "model": "a tiny random model" if small else model,
             "max_score_loss": max_score_loss,

@@ -58,7 +58,8 @@ def test_winners_are_scored_on_three_splits(tmp_path: Path) -> None:
     ]
     for row in rows:
         assert set(row["losses"]) == {"search", "confirm", "test"} and row["losses"]["search"]["loss"] <= 0.02
-    assert "rise expected" in (tmp_path / "selection.md").read_text()
+    page = (tmp_path / "selection.md").read_text()
+    assert "rise expected" in page and "--out FOLDER --seeds 2 --strategies racing random --small`" in page
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
