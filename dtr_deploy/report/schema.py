@@ -163,6 +163,13 @@ class LmEvalReportRow(_Row):
     standard_error: float
     passed: bool
 
+    @property
+    def verdict(self) -> str:
+        """For a person: the same number, close enough to pass, or neither."""
+        if abs(self.ours - self.lm_eval) <= 1e-6:
+            return "equal"
+        return "within a standard error" if self.passed else "DIFFERENT"
+
 
 class MemoryRow(_Row):
     """Bytes of keys, values and states of one sequence of so many tokens, as the target's engine holds them."""

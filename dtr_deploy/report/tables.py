@@ -164,7 +164,7 @@ def lm_eval_table(report: Report) -> Table:
     """The hybrid's test scores as the search found them, and as lm-eval itself does."""
     table = new_table("The hybrid by lm-eval itself (test split)", "task", "documents", "ours", "lm-eval", "gate")
     for row in report.lm_eval:
-        gate = Text("equal", style="green") if row.passed else Text("DIFFERENT", style="bold red")
+        gate = Text(row.verdict, style="green" if row.passed else "bold red")
         theirs = f"{row.lm_eval:.4f} (standard error {row.standard_error:.4f})"
         table.add_row(row.task, f"{row.documents:,}", f"{row.ours:.4f}", theirs, gate)
     return table

@@ -51,6 +51,8 @@ def check_scores(
 ) -> list[LmEvalRow]:
     """A row for each lm-eval task among `tasks`. model: of transformers, backbone or hybrid. reported: our score on the
     test split, by task."""
+    from dtr_deploy.report.schema import LmEvalReportRow
+
     rows = []
     for task in tasks:
         if not isinstance(task, LmEvalTask):
@@ -59,7 +61,7 @@ def check_scores(
             values = lm_eval_values(model, tokenizer, task, "test")
         error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
         row = LmEvalRow(task.name, len(values), reported[task.name], float(np.mean(values)), error)
-        verdict = "equal" if row.passed else "DIFFERENT"
+        verdict = LmEvalReportRow.model_validate(row.to_dict()).verdict
         progress.line(
             f"lm-eval, {row.task}: {row.lm_eval:.4f} on {row.documents} documents, ours {row.ours:.4f}: {verdict}"
         )

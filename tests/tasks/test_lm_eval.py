@@ -14,6 +14,7 @@ from lm_eval.tasks import TaskManager
 
 from dtr_deploy.errors import ParityFailed, UsageError
 from dtr_deploy.progress import QuietProgress
+from dtr_deploy.report.schema import LmEvalReportRow
 from dtr_deploy.tasks.base import SPLITS, Task
 from dtr_deploy.tasks.lm_eval_adapter import DtrLM
 from dtr_deploy.tasks.lm_eval_check import check_scores, gate, lm_eval_values
@@ -236,6 +237,15 @@ def test_lm_eval_itself_finds_the_same_score_of_a_hybrid(tmp_path: Path, kind: s
     (row,) = check_scores(model, tiny_tokenizer(), [task], {"animals": float(ours.mean()) + 0.9}, progress)
     with pytest.raises(ParityFailed, match="task 'animals': lm-eval scores the hybrid"):
         gate([row])
+
+
+@pytest.mark.parametrize(
+    ("theirs", "passed", "verdict"),
+    [(0.8, True, "equal"), (0.81, True, "within a standard error"), (0.9, False, "DIFFERENT")],
+)
+def test_only_the_same_score_is_called_equal(theirs: float, passed: bool, verdict: str) -> None:
+    row = LmEvalReportRow(task="a", documents=9, ours=0.8, lm_eval=theirs, standard_error=0.05, passed=passed)
+    assert row.verdict == verdict and "verdict" not in row.model_dump()
 
 
 def test_bad_names_and_metrics_are_one_line(tmp_path: Path) -> None:
