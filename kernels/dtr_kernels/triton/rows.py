@@ -46,7 +46,7 @@ def gates(hidden: Tensor, decay: nn.Linear, log_rate: Tensor, beta: nn.Linear) -
         torch.empty(*hidden.shape[:-1], heads, dtype=torch.float32, device=hidden.device) for _ in range(2)
     )
     if len(flat):
-        # Few tokens leave most of a GPU idle: small blocks then, so that the loop over hidden is spread a little.
+        # Few tokens leave most of a GPU idle: small blocks then, for more programs.
         block = 16 if len(flat) <= 1024 else 32
         gates_kernel[(triton.cdiv(len(flat), block), triton.cdiv(heads, 16))](
             flat, decay.weight, decay.bias, log_rate, beta.weight, beta.bias, log_decay, strength,

@@ -1,7 +1,7 @@
 """What the chunkwise form does not leave to torch when it trains on a GPU: the states, and the inverse.
 
 `chunked.py` prepares all chunks at once with batched products, which torch does well. What is left is serial: a loop
-over chunks in Python costs ten launches a chunk forwards and more backwards, and a batched triangular solve is slow.
+over chunks in Python is several launches a chunk, more backwards, and a batched triangular solve is slow.
 Both are one kernel here, with gradients made of the same kernels and of batched products:
 
     S_n+1 = d_n S_n + A_n - Y_n^T (X_n S_n)         `carry`, forwards in n
