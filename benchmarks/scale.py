@@ -1,9 +1,10 @@
 """`python -m benchmarks.scale`: what a recipe for a large model would take on clusters of GPUs. A simulation.
 
-Stage 1 is dealt into the groups that a cluster would train (`cluster.distill.groups`), stage 2 follows a real search
-call by call, from its ledger, dealt as `cluster.evaluator` deals. What a piece costs is its count of operations over
-the speed that the same code reaches here, as a share of this machine's own matrix products, times the GPU's. What
-cannot be measured here (a GPU's peak, a network, an engine's start) is an option and stands on the page.
+Stage 1 is dealt into the groups that a cluster would train (`distill.groups`), to workers that share the teacher's
+passes and to workers that do not; stage 2 follows a real search call by call, from its ledger, dealt as
+`cluster.evaluator` deals. What a piece costs is its count of operations over the speed that the same code reaches here,
+as a share of this machine's own matrix products, times the GPU's. What cannot be measured here (a GPU's peak, a
+network, an engine's start) is an option and stands on the page.
 """
 
 from __future__ import annotations
@@ -76,11 +77,13 @@ class Speeds:
 @dataclass(frozen=True)
 class Assumed:
     """gpu_tflops: of large products, dense. load_seconds: until a worker has the model. network_gbs: GB a second to a
-    node. engine_seconds: of measuring one layout beside the backbone. layouts: that are measured."""
+    node. peer_gbs: GB a second that a GPU sends to others of its node. engine_seconds: of measuring one layout beside
+    the backbone. layouts: that are measured."""
 
     gpu_tflops: float
     load_seconds: float
     network_gbs: float
+    peer_gbs: float
     engine_seconds: float
     layouts: int
 
@@ -88,9 +91,10 @@ class Assumed:
 @dataclass(frozen=True)
 class Outcome:
     """Seconds of each part, and what limits: the share of the workers' time in which they work, and of stage 1's work
-    that the teacher's pass is, which each group repeats."""
+    that the teacher's passes are. team: GPUs that share a pass."""
 
     gpus: int
+    team: int
     distill: float
     search: float
     measure: float
@@ -145,33 +149,41 @@ def makespan(kind: str, call: Call, workers: int) -> float:
 
 def simulate(
     shape: Shape, tokens: int, length: int, forms: int, calls: Sequence[tuple[str, Call]], ratio: float,
-    speeds: Speeds, assumed: Assumed, gpus: int, at_once: int | None = None,
+    speeds: Speeds, assumed: Assumed, gpus: int, at_once: int | None = None, team: int = 1,
 ) -> Outcome:  # fmt: skip
-    """ratio: seconds of a piece of the search there over its seconds here. at_once: twins that a GPU holds."""
-    from dtr_deploy.distill.groups import groups
+    """ratio: seconds of a piece of the search there over its seconds here. at_once: twins that a GPU holds. team: GPUs
+    that share the teacher's passes."""
+    from dtr_deploy.distill.groups import dealt, groups
 
-    peak = assumed.gpu_tflops * 1e12
+    peak, team = assumed.gpu_tflops * 1e12, min(team, gpus)
     layer = tokens * shape.layer_operations(length) / (peak * speeds.teacher)
     twin = tokens * shape.twin_operations() / (peak * speeds.twin)
-    dealt = groups(range(shape.layers), [str(number) for number in range(forms)], gpus, at_once)
-    teacher = [(group.layers[-1] + 1) * layer for group in dealt]
-    costs = [passes + len(group.keys) * twin for passes, group in zip(teacher, dealt, strict=True)]
-    free = [0.0] * gpus
-    for cost in costs:  # the next one goes to whoever is free first
+    activations = tokens * 2 * 2.0 * shape.hidden / (assumed.peer_gbs * 1e9)  # what a layer saw and answered, bfloat16
+    costs, taught = [], 0.0  # seconds of a team; GPU seconds
+    for group in groups(range(shape.layers), [str(number) for number in range(forms)], gpus // team, at_once, team):
+        parts = dealt(group, team)
+        teaching = (group.layers[-1] + 1) * layer / len(parts)
+        sending = len(group.layers) * activations * (len(parts) - 1) / len(parts) ** 2
+        costs.append(teaching + sending + max(len(part.keys) for part in parts) * twin)
+        taught += teaching * len(parts)
+    free = [0.0] * (gpus // team)
+    for cost in costs:  # the next one goes to the team that is free first
         free[free.index(min(free))] += cost
+    trained = taught + shape.layers * forms * twin
     search = sum(makespan(kind, call, gpus) for kind, call in calls) * ratio
-    worked = sum(costs) + sum(seconds for _, call in calls for _, seconds in call) * ratio
+    worked = trained + sum(seconds for _, call in calls for _, seconds in call) * ratio
     nodes = max(1, gpus // 8)
     twins = 4.0 * shape.layers * forms * shape.attention / (assumed.network_gbs * 1e9)
     measure = assumed.engine_seconds * -(-assumed.layouts // nodes)
     return Outcome(
         gpus,
+        team,
         max(free),
         search,
         measure,
         2 * assumed.load_seconds + twins,
         worked / (gpus * (max(free) + search)),
-        sum(teacher) / sum(costs),
+        taught / trained,
     )
 
 
@@ -237,7 +249,8 @@ def page(
     from dtr_deploy.progress import seconds_text
 
     pieces = sum(len(call) for _, call in calls)
-    heads = ("GPUs", "stage 1", "of its work the teacher's pass", "stage 2, scoring", "measuring", "starting")
+    heads = ("GPUs", "sharing a pass", "stage 1", "of its work the teacher's passes", "stage 2, scoring", "measuring")
+    heads = (*heads, "starting")
     yield from (
         "# On many GPUs, simulated",
         "",
@@ -254,7 +267,8 @@ def page(
         f"{speeds.teacher:.0%} of it, the training of twins {speeds.twin:.0%}.",
         "",
         f"Assumed: {assumed.gpu_tflops:,.0f} TFLOP/s a GPU in large products, the same shares of it; "
-        f"{assumed.load_seconds:.0f} s until a worker has the model; {assumed.network_gbs:g} GB/s to each node; "
+        f"{assumed.load_seconds:.0f} s until a worker has the model; {assumed.network_gbs:g} GB/s to each node, "
+        f"{assumed.peer_gbs:g} from a GPU to the others of its node, nothing of it while they compute; "
         f"{assumed.engine_seconds:.0f} s to measure a layout beside the backbone, {assumed.layouts} layouts, one a "
         "node of 8 GPUs at a time.",
         "",
@@ -263,7 +277,7 @@ def page(
     )
     for row in rows:
         yield (
-            f"| {row.gpus} | {seconds_text(row.distill)} | {row.teacher:.0%} | {seconds_text(row.search)} "
+            f"| {row.gpus} | {row.team} | {seconds_text(row.distill)} | {row.teacher:.0%} | {seconds_text(row.search)} "
             f"| {seconds_text(row.measure)} | {seconds_text(row.start)} | {seconds_text(row.total)} | {row.busy:.0%} |"
         )
 
@@ -278,9 +292,11 @@ def scale(
     forms: Annotated[int, typer.Option(min=1, help="Forms, each with a twin in every layer.")] = 3,
     twins_at_once: Annotated[int, typer.Option(min=1, help="Twins in training that a GPU holds.")] = 32,
     gpus: Annotated[list[int] | None, typer.Option(min=1, help="GPUs of the clusters.")] = None,
+    team: Annotated[int, typer.Option(min=1, help="GPUs that share the teacher's passes, beside none that do.")] = 8,
     gpu_tflops: Annotated[float, typer.Option(min=0.1, help="Dense bfloat16; of an H100's data sheet.")] = 989.0,
     load_seconds: Annotated[float, typer.Option(min=0)] = 60.0,
     network_gbs: Annotated[float, typer.Option(min=0.01)] = 10.0,
+    peer_gbs: Annotated[float, typer.Option(min=0.01, help="From a GPU to the others of its node.")] = 300.0,
     engine_seconds: Annotated[float, typer.Option(min=0)] = 240.0,
     layouts: Annotated[int, typer.Option(min=0)] = 8,
     threads: Annotated[int, typer.Option(min=0, help="Threads; 0: all cores. Those of the search.")] = 1,
@@ -304,12 +320,13 @@ def scale(
         if not calls:
             raise UsageError(f"--ledger {ledger}: holds no search")
         speeds, small = measure_speeds(model)
-        assumed = Assumed(gpu_tflops, load_seconds, network_gbs, engine_seconds, layouts)
+        assumed = Assumed(gpu_tflops, load_seconds, network_gbs, peer_gbs, engine_seconds, layouts)
         work = large.layers * large.layer_operations(length) / (small.layers * small.layer_operations(LENGTH))
         ratio = work * speeds.peak / (gpu_tflops * 1e12)
         rows = [
-            simulate(large, tokens, length, forms, calls, ratio, speeds, assumed, count, twins_at_once)
+            simulate(large, tokens, length, forms, calls, ratio, speeds, assumed, count, twins_at_once, sharing)
             for count in gpus or [1, 8, 64]
+            for sharing in sorted({1, min(team, count)})
         ]
         environment = describe("cpu", threads)
         asked = (shape, tokens, forms, length, twins_at_once, speeds, assumed)

@@ -168,8 +168,8 @@ def make_plan(recipe: Recipe, config: Any, multiply_flops: float, items: int | N
 
     workers = planned_workers(recipe)
     own = math.ceil(twins / workers)
-    # Each group of twins has a pass of the teacher of its own.
-    passes_of_teacher = math.ceil(own / min(own, recipe.distill.twins_at_once or own))
+    # Each group of twins has a pass of the teacher of its own, which a team of workers shares.
+    passes_of_teacher = math.ceil(own / min(own, recipe.distill.twins_at_once or own)) / planned_team(recipe)
     training = passes_of_teacher * per_token + TRAINING_PASSES * 2.0 * sizes.attention * own
     distill_flops = recipe.distill.tokens * training
     # A pass of the teacher, the hybrid's, and back through it; the output embedding for both, and back.
@@ -239,6 +239,13 @@ def planned_workers(recipe: Recipe) -> int:
     return 1 if recipe.cluster.address == "none" else recipe.cluster.workers or 1
 
 
+def planned_team(recipe: Recipe) -> int:
+    """Of those workers, how many share the teacher's passes: all, unless the recipe says otherwise. (With GPUs it is
+    those of a machine.)"""
+    workers = planned_workers(recipe)
+    return min(workers, recipe.cluster.share_teacher or workers)
+
+
 def memory_bytes(recipe: Recipe, sizes: ModelSizes) -> int:
     """Of stage 1 or of healing, whichever needs more, with the backbone in float32.
 
@@ -253,7 +260,9 @@ def memory_bytes(recipe: Recipe, sizes: ModelSizes) -> int:
     # Weights and the optimiser's two moments; one twin at a time has gradients.
     trained = 4.0 * TWIN_SIZE * sizes.attention * (3 * at_once + 1)
     pass_tokens = max(recipe.distill.batch_size, DistillSettings.teacher_sequences) * recipe.distill.sequence_length
-    distilling = trained + 2 * 4.0 * pass_tokens * sizes.hidden * sizes.layers
+    # A team's worker has all layers of its own pass, and its share of the layers of everybody's.
+    passes = 1 if planned_team(recipe) == 1 else 2
+    distilling = trained + passes * 2 * 4.0 * pass_tokens * sizes.hidden * sizes.layers
     healing = 0.0
     if recipe.heal.tokens:
         # W_v, W_o and the forms: half of the projections, and what forms add.

@@ -256,6 +256,9 @@ class Cluster(Section):
     """Cores of each; if left out, a node's share for each of its GPUs, or the whole node."""
     gpus: Annotated[float, Field(ge=0)] | None = None
     """GPUs of each; if left out, 1 where the cluster has any."""
+    share_teacher: Positive | None = None
+    """Workers that share the teacher's passes in stage 1 and send one another activations; if left out, those of a
+    machine where they have GPUs, else all."""
 
 
 def _read_cluster(value: object) -> object:

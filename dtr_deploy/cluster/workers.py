@@ -28,11 +28,18 @@ RETRIES = 5
 
 @dataclass(frozen=True)
 class Workers:
-    """count: processes at once. cpus, gpus: of each."""
+    """count: processes at once. cpus, gpus: of each. team: how many of them share a pass of the teacher."""
 
     count: int
     cpus: int
     gpus: float
+    team: int = 1
+
+    def places(self) -> int:
+        """How many there is room for now, busy or not: fewer than `count` after a node was lost."""
+        import ray
+
+        return min(self.count, sum(_places(ray.nodes(), self.cpus, self.gpus)))
 
     def task(self, function: Callable[..., Any], **options: Any) -> Any:
         """A function as a remote one, with a worker's resources."""
@@ -123,13 +130,24 @@ def room(nodes: Sequence[Mapping[str, Any]], settings: Cluster) -> Workers:
         raise UsageError(f"cluster.gpus: no node has {gpus:g} GPUs; accepted: at most what a node has")
     smallest = min(int(node["CPU"] // max(1, node.get("GPU", 0) // gpus if gpus else 1)) for node in able)
     cpus = settings.cpus or max(1, smallest)
-    places = [min(node["CPU"] // cpus, node.get("GPU", 0) // gpus if gpus else node["CPU"]) for node in able]
-    count = int(sum(places))
-    if count < 1:
+    places = _places(nodes, cpus, gpus)
+    if not places:
         raise UsageError(
             f"cluster.cpus: no node has {cpus} cores; accepted: at most {int(max(n['CPU'] for n in able))}"
         )
-    return Workers(min(count, settings.workers or count), cpus, gpus)
+    count = min(sum(places), settings.workers or sum(places))
+    # Between machines GPUs would wait for activations; what CPUs compute arrives faster than they compute it.
+    team = settings.share_teacher or (min(places) if gpus else count)
+    return Workers(count, cpus, gpus, min(team, count))
+
+
+def _places(nodes: Sequence[Mapping[str, Any]], cpus: int, gpus: float) -> list[int]:
+    """Workers of this size that each node has room for, without nodes that have none."""
+    found = [node["Resources"] for node in nodes if node["Alive"]]
+    room = [
+        min(node.get("CPU", 0) // cpus, node.get("GPU", 0) // gpus if gpus else node.get("CPU", 0)) for node in found
+    ]
+    return [int(places) for places in room if places >= 1]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,8 +45,11 @@ class Group(NamedTuple):
         return run / f"{HALF_WAY}{hashlib.sha256(repr(self).encode()).hexdigest()[:16]}"
 
 
-def groups(layers: Sequence[int], forms: Sequence[str], workers: int, most: int | None = None) -> list[Group]:
-    """Groups of about equal work: `workers` of them at most, but more where a group would have over `most` twins.
+def groups(
+    layers: Sequence[int], forms: Sequence[str], workers: int, most: int | None = None, members: int = 1
+) -> list[Group]:
+    """Groups of about equal work: `workers` of them at most, but more where a group would have over `most` twins for
+    each of the `members` that `dealt` deals it to.
 
     Neighbouring layers go together, since a teacher's pass ends at the last one of its group; where there are more
     workers than layers, or fewer twins allowed than forms, forms are split too.
@@ -62,7 +66,7 @@ def groups(layers: Sequence[int], forms: Sequence[str], workers: int, most: int 
             layers,
             TWIN_PASSES * len(share),
             max(1, workers // split),
-            len(layers) if most is None else most // len(share),
+            len(layers) if most is None else members * (most // len(share)),
         )
     ]
 
@@ -96,6 +100,22 @@ def _fill(layers: Sequence[int], twins: float, allowed: float, longest: int) -> 
     return runs
 
 
+def dealt(group: Group, members: int) -> list[Group]:
+    """A group as workers train it that share its pass of the teacher: `members` parts of about as many twins each.
+
+    There are fewer parts where layers or forms do not come out even.
+    """
+    split = min(len(group.forms), max(1, members // len(group.layers)))
+    count = min(len(group.layers), members // split)
+    size, larger = divmod(len(group.layers), count)
+    starts = [number * size + min(number, larger) for number in range(count + 1)]
+    return [
+        Group(group.layers[start:end], group.forms[number::split])
+        for number in range(split)
+        for start, end in pairwise(starts)
+    ]
+
+
 class GroupedTwins:
     """The folder of twins that are trained in groups: which are finished, and all of them at the end."""
 
@@ -113,21 +133,37 @@ class GroupedTwins:
         reports = [TwinReport.from_dict(report) for report in saved["reports"]]
         return DistillResult(reports, self.files, saved["tokens"], saved["seconds"])
 
-    def left(self, workers: int, most: int | None) -> list[Group]:
-        """The groups that are not finished, those half-way as they were: dealt out in the same way each time."""
-        left: list[Group] = []
-        for group in groups(sorted({layer for layer, _ in self.keys}), self.forms, workers, most):
-            missing = [key for key in group.keys if not (self.files[key].is_file() and self._note(key).is_file())]
-            if len(missing) == len(group.keys) or (missing and group.folder(self.folder).is_dir()):
-                left.append(group)
-                continue
-            # Another number of workers had other groups: only what those did not finish.
-            lacking: dict[tuple[str, ...], list[int]] = {}
-            for layer in sorted({layer for layer, _ in missing}):
-                forms = tuple(form for form in group.forms if (layer, form) in missing)
-                lacking.setdefault(forms, []).append(layer)
-            left += [Group(tuple(layers), forms) for forms, layers in lacking.items()]
-        return left
+    def left(self, workers: int, most: int | None, members: int = 1) -> list[list[Group]]:
+        """What is not finished, those half-way as they were: dealt out in the same way each time. Each item is what
+        `members` workers train that share a pass of the teacher. most: twins that one of them trains."""
+        layers = sorted({layer for layer, _ in self.keys})
+        teams = []
+        for group in groups(layers, self.forms, workers // members, most, members):
+            left = [some for part in dealt(group, members) for some in self._left_of(part)]
+            teams += [left[first : first + members] for first in range(0, len(left), members)]
+        return teams
+
+    def _left_of(self, group: Group) -> list[Group]:
+        missing = [key for key in group.keys if not (self.files[key].is_file() and self._note(key).is_file())]
+        if len(missing) == len(group.keys) or (missing and group.folder(self.folder).is_dir()):
+            return [group]
+        # Another number of workers had other groups: only what those did not finish.
+        lacking: dict[tuple[str, ...], list[int]] = {}
+        for layer in sorted({layer for layer, _ in missing}):
+            forms = tuple(form for form in group.forms if (layer, form) in missing)
+            lacking.setdefault(forms, []).append(layer)
+        return [Group(tuple(layers), forms) for forms, layers in lacking.items()]
+
+    def take(self, group: Group) -> bool:
+        """Keep a group that is finished in its own folder, if it is."""
+        folder = group.folder(self.folder)
+        files = {key: twin_file(folder, *key) for key in group.keys}
+        if not ((folder / SUMMARY).is_file() and all(file.is_file() for file in files.values())):
+            return False
+        saved = json.loads((folder / SUMMARY).read_text())
+        reports = {(report["layer"], report["form"]): report for report in saved["reports"]}
+        self.keep(group, load_twins(files), reports, saved["tokens"], saved["seconds"])
+        return True
 
     def keep(
         self,
@@ -181,7 +217,7 @@ def distill_in_groups(
     twins = GroupedTwins(Path(folder), layers, forms)
     if (found := twins.finished()) is not None:
         return found
-    left = twins.left(1, twins_at_once)
+    left = [group for team in twins.left(1, twins_at_once) for group in team]
     total = max(len(left), len(groups(layers, forms, 1, twins_at_once)))
     for number, group in enumerate(left, total - len(left)):
 

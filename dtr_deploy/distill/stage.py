@@ -21,6 +21,8 @@ from dtr_deploy.distill.calibrate import teacher_statistics
 from dtr_deploy.distill.evaluate import Running, TwinReport, window_only
 from dtr_deploy.distill.files import twin_file, write_safetensors, write_text
 from dtr_deploy.distill.fused_teacher import FusedTeacher
+from dtr_deploy.distill.peers import Alone
+from dtr_deploy.distill.shared_teacher import SharedTeacher
 from dtr_deploy.distill.teacher import Activations, attention_activations
 from dtr_deploy.distill.trainer import DistillSettings, HalfWay, Trainer
 from dtr_deploy.hybrid.mixer import HybridMixer
@@ -95,6 +97,7 @@ def distill(
     folder: str | Path,
     progress: Progress = lambda done, total, message: None,
     variation: Variation | None = None,
+    peers: Alone | None = None,
 ) -> DistillResult:
     """Train a twin of every (layer, form) and write them to `folder`.
 
@@ -104,6 +107,7 @@ def distill(
         held_out: tokens [M,T] that errors are reported on.
         progress: called with (steps done, steps, message).
         variation: for studies.
+        peers: other processes, each of which calls this with layers of its own; they share the teacher's passes.
 
     Work that is already in `folder`, finished or half-way, is taken up; the caller keys the folder by its inputs.
     """
@@ -120,8 +124,10 @@ def distill(
         reports = [TwinReport.from_dict(r) for r in saved["reports"]]
         return DistillResult(reports, files, saved["tokens"], saved["seconds"])
 
+    variation, peers = variation or Variation(), peers or Alone()
     trainers = {key: Trainer(backbone, *key, window, settings) for key in keys}
-    half_way = HalfWay(folder / "half_way.safetensors")
+    mixers = {key: trainer.mixer for key, trainer in trainers.items()}
+    half_way = HalfWay(folder, peers)
     done, spent = half_way.load(trainers)
     if done == 0 and settings.calibrate:
         _calibrate(backbone, sequences[:4], layers, trainers)
@@ -130,17 +136,21 @@ def distill(
     device = backbone.device
     dtype = products_dtype(settings.precision, device.type)
     mixed = products_in(dtype, device.type)
-    fused = FusedTeacher(backbone, layers, dtype) if FusedTeacher.fits(backbone, dtype) else None
-    variation, mixers = variation or Variation(), {key: trainer.mixer for key, trainer in trainers.items()}
-    at_once = max(1, settings.teacher_sequences // settings.batch_size)
-    for first in range(done, steps, at_once):
-        coming = order[first : first + at_once]
-        batch = sequences[torch.cat(coming)].to(device)
+    of_all = peers.gather(layers)
+    seen = sorted({layer for some in of_all for layer in some})
+    fused = FusedTeacher(backbone, seen, dtype) if FusedTeacher.fits(backbone, dtype) else None
+    stride = max(1, settings.teacher_sequences // settings.batch_size)
+
+    def one_pass(first: int) -> Activations:
+        batch = sequences[torch.cat(order[first : first + stride])].to(device)
         with mixed:
             if variation.activations is not None:
-                activations = variation.activations(batch, mixers, first / steps)
-            else:
-                activations = fused(batch) if fused else attention_activations(backbone, batch, layers)
+                return variation.activations(batch, mixers, first / steps)
+            return fused(batch) if fused else attention_activations(backbone, batch, seen)
+
+    teacher = SharedTeacher(peers, of_all, one_pass, stride, steps, settings.batch_size)
+    for first in range(done, steps, stride):
+        activations = teacher(first)
         # One twin after another, so that its weights and moments stay in the cache over the steps of a pass.
         errors = [
             trainer.steps(
@@ -148,10 +158,12 @@ def distill(
             )
             for (layer, _), trainer in trainers.items()
         ]
-        after = first + len(coming)
-        if time.monotonic() - saved_at > settings.checkpoint_seconds and after < steps:
-            half_way.save(trainers, after, spent + time.monotonic() - started)
-            saved_at = time.monotonic()
+        after = min(first + stride, steps)
+        if not teacher.waiting and after < steps:
+            late = time.monotonic() - saved_at > settings.checkpoint_seconds
+            if peers.gather(late)[0]:
+                half_way.save(trainers, after, spent + time.monotonic() - started)
+                saved_at = time.monotonic()
         if variation.watch is not None:
             variation.watch(after, steps, mixers)
         progress(after, steps, f"relative error {sum(error.item() for error in errors) / len(errors):.3f}")

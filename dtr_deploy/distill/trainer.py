@@ -11,7 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dtr_deploy.distill.files import write_safetensors
+from dtr_deploy.distill.peers import Alone
 from dtr_deploy.hybrid.mixer import HybridMixer, own_parameters
+
+
+CHECKPOINT = "half_way-"
+"""Of files of runs between two steps, before the step's number."""
 
 
 @dataclass(frozen=True)
@@ -122,32 +127,46 @@ class Trainer:
 
 
 class HalfWay:
-    """The one file that holds a run between two steps. Replaced as a whole: a kill leaves the old or the new."""
+    """The file that holds a run between two steps, named by the step. A kill leaves the old one or the new, or both;
+    where several processes train together, those of each hold the last step that all of them had written."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, folder: Path, peers: Alone | None = None) -> None:
+        self.folder, self.peers = folder, peers or Alone()
 
     def save(self, trainers: dict[tuple[int, str], Trainer], step: int, seconds: float) -> None:
+        """seconds: spent until now."""
         tensors = {
             f"{layer}.{form}.{name}": tensor.contiguous()
             for (layer, form), trainer in trainers.items()
             for name, tensor in trainer.tensors().items()
         }
-        write_safetensors(self.path, tensors, {"step": str(step), "seconds": str(seconds)})
+        write_safetensors(self._file(step), tensors, {"step": str(step), "seconds": str(seconds)})
+        self.peers.gather(None)  # all of them have written it
+        self.remove(but=step)
 
     def load(self, trainers: dict[tuple[int, str], Trainer]) -> tuple[int, float]:
         """(steps done, seconds spent), restoring the trainers; (0, 0.0) if there is nothing to go on from."""
-        if not self.path.is_file():
+        step = max(set.intersection(*self.peers.gather(set(self._steps()))), default=0)
+        if not step:
             return 0, 0.0
         from safetensors import safe_open
 
-        with safe_open(self.path, "pt") as file:
+        with safe_open(self._file(step), "pt") as file:
             metadata = file.metadata()
-        tensors = load_file(self.path)
+        tensors = load_file(self._file(step))
         for (layer, form), trainer in trainers.items():
             prefix = f"{layer}.{form}."
             trainer.restore({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
-        return int(metadata["step"]), float(metadata["seconds"])
+        return step, float(metadata["seconds"])
 
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
+    def remove(self, but: int | None = None) -> None:
+        """The files of all steps but one."""
+        for step, path in self._steps().items():
+            if step != but:
+                path.unlink(missing_ok=True)
+
+    def _file(self, step: int) -> Path:
+        return self.folder / f"{CHECKPOINT}{step}.safetensors"
+
+    def _steps(self) -> dict[int, Path]:
+        return {int(path.stem.removeprefix(CHECKPOINT)): path for path in self.folder.glob(f"{CHECKPOINT}*.safetensors")}

@@ -15,7 +15,7 @@ from dtr_deploy.search.ledger import Ledger, TrialKey, TrialResult
 from tests.tiny import tiny_backbone, tiny_tokenizer
 
 SPEEDS = Speeds(peak=1e11, teacher=0.5, twin=0.25)
-ASSUMED = Assumed(1000.0, 60.0, 10.0, 100.0, 4)
+ASSUMED = Assumed(1000.0, 60.0, 10.0, 300.0, 100.0, 4)
 
 
 @pytest.fixture
@@ -67,6 +67,19 @@ def test_one_gpu_costs_its_operations_and_more_cost_less(ledger: Path) -> None:
     assert one.distill < few.distill < one.distill + 2 * 10**6 * 32 * layer / 0.5 / 1e15, "three passes of the teacher"
 
 
+def test_gpus_that_share_a_pass_run_the_teacher_once(ledger: Path) -> None:
+    shape, calls, tokens = SHAPES["llama-3.1-8b"], calls_of(ledger), 10**6
+    one = simulate(shape, tokens, 2048, 3, calls, 0.5, SPEEDS, ASSUMED, 1)
+    apart, shared, all_of_them = (
+        simulate(shape, tokens, 2048, 3, calls, 0.5, SPEEDS, ASSUMED, 8, team=team) for team in (1, 4, 8)
+    )
+    # 96 twins come out even; what a GPU sends is its eighth of the tokens, of 32 layers, to seven others.
+    sent = tokens / 8 * 32 * 2 * 2 * 4096 * 7 / 8 / 300e9
+    assert all_of_them.distill == pytest.approx(one.distill / 8 + sent)
+    assert apart.distill > shared.distill > all_of_them.distill and apart.teacher > shared.teacher > one.teacher * 0.99
+    assert all_of_them.teacher == pytest.approx(one.teacher)
+
+
 def test_the_command_writes_a_page(ledger: Path, tmp_path: Path) -> None:
     tiny_backbone().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
@@ -78,7 +91,8 @@ def test_the_command_writes_a_page(ledger: Path, tmp_path: Path) -> None:
     torch.set_num_threads(threads)
     assert done.exit_code == 0, done.output
     rows = json.loads(figures.read_text())["rows"]
-    assert [row["gpus"] for row in rows] == [1, 8] and rows[0]["distill"] > rows[1]["distill"] > 0
+    assert [(row["gpus"], row["team"]) for row in rows] == [(1, 1), (8, 1), (8, 8)]
+    assert rows[0]["distill"] > rows[1]["distill"] > 0
     text = page.read_text()
     assert "No GPU has run this" in text and "| 8 |" in text and "4 calls with 11 pieces" in text
     assert wrong.exit_code == 1 and "no such file" in wrong.output

@@ -158,19 +158,28 @@ def assert_same(alone: RunDir, other: RunDir) -> None:
     assert ours["hybrid"].artefacts == theirs["hybrid"].artefacts
 
 
+def apart(address: str) -> str:
+    """The recipe's section for workers that each run the teacher for themselves."""
+    return f"{{address: '{address}', share_teacher: 1}}"
+
+
 def test_a_build_on_two_nodes_is_that_of_one_process(address: str, folder: Path, alone: RunDir) -> None:
     twins = run(folder, "both", address, until="distill")
     assert "cluster: 2 workers with 1 cores each" in Told.lines
     with_measurements_of(alone, twins)
     assert_same(alone, run(folder, "both", address))
+    each = run(folder, "apart", apart(address), until="distill")
+    assert each.stages["distill"].artefacts == twins.stages["distill"].artefacts
     left = {path.name for path in (folder / "both" / "distilled").iterdir()}
     assert left == {path.name for path in (alone.path / "distilled").iterdir()}, "nothing half-way stays behind"
 
 
+@pytest.mark.parametrize("sharing", [True, False])
 def test_workers_that_are_killed_change_nothing(
-    address: str, folder: Path, alone: RunDir, monkeypatch: pytest.MonkeyPatch
+    address: str, folder: Path, alone: RunDir, monkeypatch: pytest.MonkeyPatch, sharing: bool
 ) -> None:
     killed: list[str] = []
+    name, cluster = f"killed-{sharing}", address if sharing else apart(address)
 
     def kill_one(name: str) -> None:
         """The first process of Ray that runs `name`, with SIGKILL."""
@@ -186,18 +195,21 @@ def test_workers_that_are_killed_change_nothing(
 
         def advance(self, amount: float = 1, note: str = "", total: float | None = None) -> None:
             if "relative error" in note and not killed:
-                kill_one("_train")
+                kill_one("Member.train")
 
         def bar(self, what: str, total: float | None = None) -> Any:
             from contextlib import nullcontext
 
             return nullcontext(self)
 
-    recipe = folder / "killed.yaml"
-    recipe.write_text(RECIPE.format(folder=folder).replace("NAME", "killed").replace("CLUSTER", address))
-    build(load_recipe(recipe), RunDir(folder / "killed"), Killing(), "distill")
-    assert killed == ["_train"]
-    with_measurements_of(alone, RunDir(folder / "killed"))
+    recipe = folder / f"{name}.yaml"
+    recipe.write_text(RECIPE.format(folder=folder).replace("NAME", name).replace("CLUSTER", cluster))
+    build(load_recipe(recipe), RunDir(folder / name), Killing(), "distill")
+    assert killed == ["Member.train"]
+    with_measurements_of(alone, RunDir(folder / name))
+    if not sharing:  # what comes after is the same in both
+        assert RunDir(folder / name).stages["distill"].artefacts == alone.stages["distill"].artefacts
+        return
 
     run_calls = ClusterEvaluator._run
     moments = iter([0, 1, 1, 0, 1])
@@ -211,9 +223,37 @@ def test_workers_that_are_killed_change_nothing(
         yield from run_calls(evaluator, calls)
 
     monkeypatch.setattr(ClusterEvaluator, "_run", killing)
-    finished = run(folder, "killed", address)
+    finished = run(folder, name, cluster)
     assert "score" in killed and "attribute" in killed
     assert_same(alone, finished)
+
+
+def test_a_node_that_is_lost_for_good(folder: Path, alone: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both workers train together; then there is room for one only."""
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    options = {"num_cpus": 1, "object_store_memory": 100 << 20}
+    nodes = Cluster(initialize_head=True, head_node_args=options)
+    second: list[Any] = [nodes.add_node(**options)]
+
+    class Losing(Told):
+        def advance(self, amount: float = 1, note: str = "", total: float | None = None) -> None:
+            if "relative error" in note and second:
+                nodes.remove_node(second.pop(), allow_graceful=False)
+
+        def bar(self, what: str, total: float | None = None) -> Any:
+            from contextlib import nullcontext
+
+            return nullcontext(self)
+
+    recipe = folder / "lost.yaml"
+    recipe.write_text(RECIPE.format(folder=folder).replace("NAME", "lost").replace("CLUSTER", nodes.address))
+    try:
+        build(load_recipe(recipe), RunDir(folder / "lost"), Losing(), "distill")
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
+    assert not second
+    assert RunDir(folder / "lost").stages["distill"].artefacts == alone.stages["distill"].artefacts
 
 
 def test_what_groups_finished_is_not_trained_again(address: str, folder: Path, alone: RunDir) -> None:

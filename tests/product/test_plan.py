@@ -86,7 +86,9 @@ def test_workers_share_twins_and_scorings_and_each_group_has_its_teacher(tmp_pat
     assert grouped["distill"].seconds == pytest.approx(alone["distill"].seconds + 2 * teacher) and less < memory
 
     cluster = "cluster: {address: auto, workers: 4}\nname: small"
-    four, less = stages("name: small", cluster)
+    shared, _ = stages("name: small", cluster)
+    assert shared["distill"].seconds == pytest.approx(alone["distill"].seconds / 4)
+    four, less = stages("name: small", cluster.replace("4}", "4, share_teacher: 1}"))
     assert four["distill"].work.endswith("on 4 workers") and four["search"].work.endswith("on 4 workers")
     assert four["distill"].seconds == pytest.approx(teacher + (alone["distill"].seconds - teacher) / 4)
     assert four["search"].seconds == pytest.approx(alone["search"].seconds / 4) and less < memory
