@@ -249,8 +249,8 @@ def page(
     from dtr_deploy.progress import seconds_text
 
     pieces = sum(len(call) for _, call in calls)
-    heads = ("GPUs", "sharing a pass", "stage 1", "of its work the teacher's passes", "stage 2, scoring", "measuring")
-    heads = (*heads, "starting")
+    heads = ["GPUs", "sharing a pass", "stage 1", "of its work the teacher's passes", "stage 2, scoring", "measuring"]
+    heads.append("starting")
     yield from (
         "# On many GPUs, simulated",
         "",

@@ -1,5 +1,7 @@
-"""Stage 1 on a cluster: twins in groups, trained by teams of workers. A team shares the passes of the teacher: sequences
-are dealt among its workers, each of which trains its own part of the group's twins on all of them.
+"""Stage 1 on a cluster: twins in groups, trained by teams of workers.
+
+A team shares the passes of the teacher: sequences are dealt among its workers, each of which trains its own part of the
+group's twins on all of them.
 
 Twins do not influence one another, so a group computes what one process with all twins would, to the bit where workers
 multiply as that process does. What a worker finished is written at once; a build that goes on trains the rest. A team

@@ -58,10 +58,10 @@ class Team:
                 self._go_on()
                 if workers.places() < count:
                     raise Lost("the cluster has lost a node")
-            options = {"num_cpus": workers.cpus, "num_gpus": workers.gpus, "max_restarts": 0}
+            options: dict[str, Any] = {"num_cpus": workers.cpus, "num_gpus": workers.gpus, "max_restarts": 0}
             for number in range(count):
-                place = PlacementGroupSchedulingStrategy(group, number)
-                actor: Any = ray.remote(scheduling_strategy=place, **options)(self.cls)
+                options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, number)
+                actor: Any = ray.remote(**options)(self.cls)
                 members.append(actor.remote(*self.arguments))
             yield members
         finally:

@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from dtr_deploy.distill.peers import Alone
 from dtr_deploy.distill.teacher import Activations
 
@@ -59,16 +57,17 @@ class SharedTeacher:
         own = self.run(starts[rank] if rank < len(starts) else first)
         home = next(iter(own.inputs.values())).device  # of what is exchanged, where a teacher lies on several devices
         incoming: list[tuple[int, Tensor]] = []
-        received: dict[int, tuple[dict[int, Tensor], dict[int, Tensor]]] = {}
+        received: dict[int, Activations] = {}
         for peer, start in enumerate(starts):
             if peer == rank:
                 continue
             rows = self.batch_size * min(self.stride, self.steps - start)
-            received[start] = tuple(
+            seen, said = (
                 {layer: x[layer].new_empty(rows, *x[layer].shape[1:], device=home) for layer in mine}
                 for x in (own.inputs, own.outputs)
-            )  # type: ignore[assignment]
-            incoming += [(peer, x[layer]) for layer in mine for x in received[start]]
+            )
+            received[start] = Activations(seen, said, own.position_embeddings)
+            incoming += [(peer, x[layer]) for layer in mine for x in (seen, said)]
         outgoing = [
             (peer, x[layer].to(home).contiguous())
             for peer, theirs in enumerate(self.layers)
@@ -77,14 +76,15 @@ class SharedTeacher:
             for x in (own.inputs, own.outputs)
         ]
         self.peers.exchange(outgoing, incoming)
-        passes = {
-            start: Activations(
-                *({layer: x.to(own.inputs[layer].device) for layer, x in some.items()} for some in both),
-                own.position_embeddings,
-            )
-            for start, both in received.items()
-        }
+        passes = {start: _placed(some, own, mine) for start, some in received.items()}
         if rank < len(starts):
-            ours = ({layer: x[layer] for layer in mine} for x in (own.inputs, own.outputs))
-            passes[starts[rank]] = Activations(*ours, own.position_embeddings)
+            passes[starts[rank]] = _placed(own, own, mine)
         return passes
+
+
+def _placed(some: Activations, like: Activations, layers: Sequence[int]) -> Activations:
+    """`some` of these layers, on the devices of `like`."""
+    inputs, outputs = (
+        {layer: x[layer].to(like.inputs[layer].device) for layer in layers} for x in (some.inputs, some.outputs)
+    )
+    return Activations(inputs, outputs, some.position_embeddings)

@@ -14,7 +14,6 @@ from dtr_deploy.distill.files import write_safetensors
 from dtr_deploy.distill.peers import Alone
 from dtr_deploy.hybrid.mixer import HybridMixer, own_parameters
 
-
 CHECKPOINT = "half_way-"
 """Of files of runs between two steps, before the step's number."""
 
@@ -169,4 +168,6 @@ class HalfWay:
         return self.folder / f"{CHECKPOINT}{step}.safetensors"
 
     def _steps(self) -> dict[int, Path]:
-        return {int(path.stem.removeprefix(CHECKPOINT)): path for path in self.folder.glob(f"{CHECKPOINT}*.safetensors")}
+        return {
+            int(path.stem.removeprefix(CHECKPOINT)): path for path in self.folder.glob(f"{CHECKPOINT}*.safetensors")
+        }

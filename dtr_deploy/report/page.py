@@ -102,17 +102,19 @@ def _section(section: Section, report: Report) -> str | None:
     if figure is not None:
         data = f"{section.name}-figure"
         parts += [
-            f'<div class="plot" role="img" aria-label="{title}. {words}" data-figure="{data}"></div>',
+            # Not the marks and axes that are drawn inside, one by one: the table has the numbers.
+            f'<div role="img" aria-label="{title}. {words}">'
+            f'<div class="plot" aria-hidden="true" data-figure="{data}"></div></div>',
             f'<script type="application/json" id="{data}">{_script_json(json.loads(figure.to_json()))}</script>',
         ]
-    body = "".join(_table(table) for table in found)
+    body = "".join(_table(table, section.title) for table in found)
     if body and figure is not None:
         body = f"<details><summary>The same numbers as a table</summary>{body}</details>"
     return "\n".join([*parts, body, "</section>"])
 
 
-def _table(table: Table) -> str:
-    """A table of the terminal in HTML."""
+def _table(table: Table, name: str) -> str:
+    """A table of the terminal in HTML. name: where it has no title."""
     numbers = ['class="number"' if column.justify == "right" else "" for column in table.columns]
     head = "".join(
         f'<th scope="col" {number}>{escape(str(column.header))}</th>'
@@ -124,7 +126,9 @@ def _table(table: Table) -> str:
         for row in rows
     )
     title = f"<caption>{escape(str(table.title))}</caption>" if table.title else ""
-    return f'<div class="scroll"><table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    # On a narrow screen it scrolls, for those without a pointer too.
+    place = f'class="scroll" tabindex="0" role="group" aria-label="Table: {escape(str(table.title or name))}"'
+    return f"<div {place}><table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _cell(cell: Any) -> str:

@@ -87,7 +87,9 @@ def test_a_group_is_dealt_to_those_who_share_its_teacher(layers: int, forms: int
     assert len(parts) <= members and max(len(part.keys) for part in parts) == most
 
 
-@pytest.mark.parametrize(("forms", "workers", "members", "most"), [(3, 1, 1, 32), (3, 8, 8, 5), (2, 8, 4, 3), (3, 6, 3, 1)])
+@pytest.mark.parametrize(
+    ("forms", "workers", "members", "most"), [(3, 1, 1, 32), (3, 8, 8, 5), (2, 8, 4, 3), (3, 6, 3, 1)]
+)
 def test_no_member_has_more_twins_than_memory_holds(forms: int, workers: int, members: int, most: int) -> None:
     names = ("gated_deltanet", "gla", "jet")[:forms]
     found = [

@@ -83,7 +83,9 @@ def seen(layers: Sequence[int], first: int, stride: int, steps: int, batch_size:
     return Activations(inputs, outputs, (torch.ones(1, 3, 4), torch.zeros(1, 3, 4)))
 
 
-@pytest.mark.parametrize(("count", "steps", "stride", "batch_size"), [(2, 10, 2, 1), (3, 10, 2, 3), (3, 1, 4, 1), (4, 9, 1, 2)])
+@pytest.mark.parametrize(
+    ("count", "steps", "stride", "batch_size"), [(2, 10, 2, 1), (3, 10, 2, 3), (3, 1, 4, 1), (4, 9, 1, 2)]
+)
 def test_everybody_gets_its_layers_of_every_pass(count: int, steps: int, stride: int, batch_size: int) -> None:
     layers = [[4, 1], [2], [0, 3, 5], [6]][:count]
     union = sorted(layer for some in layers for layer in some)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,5 +80,11 @@ def test_paper_has_the_tables_and_dark_ink(tab: Tab) -> None:
     assert tab.evaluate("getComputedStyle(document.querySelector('nav')).display") == "none"
     ink = "getComputedStyle(document.querySelector('.plot .infolayer text')).fill"
     assert tab.evaluate(ink) == "rgb(0, 0, 0)"
-    wide = "[...document.querySelectorAll('.plot svg')].filter(x => x.getBoundingClientRect().right > innerWidth).length"
+    wide = (
+        "[...document.querySelectorAll('.plot svg')].filter(x => x.getBoundingClientRect().right > innerWidth).length"
+    )
     assert tab.evaluate(wide) == 0
+    tab.ask("Emulation.setDeviceMetricsOverride", width=718, height=1000, deviceScaleFactor=1, mobile=False)  # A4
+    tables = "[...document.querySelectorAll('table')]"
+    assert tab.evaluate(f"{tables}.every(x => x.getBoundingClientRect().right <= innerWidth)")
+    assert tab.evaluate(f"{tables}.every(x => getComputedStyle(x.parentElement).overflowX == 'visible')")
