@@ -34,6 +34,7 @@ def distill(
     backend: Annotated[str, typer.Option(help="The operator's backend in the twins.")] = "auto",
     precision: Annotated[str, typer.Option(help="Of large products: auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="As in a recipe: cpu, cuda, cuda:N, spread or auto.")] = "cpu",
+    compiled: Annotated[bool, typer.Option("--compile", help="Twins go through torch.compile.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 5,
     warm_up: Annotated[int, typer.Option(min=1, help="Steps before them that are not.")] = 2,
     threads: Annotated[int, typer.Option(min=0, help="Threads; 0: all cores.")] = 0,
@@ -60,6 +61,7 @@ def distill(
             "backend": backend,
             "precision": precision,
             "device": device,
+            "compile": compiled,
             "warm_up": warm_up,
         }
         _check(form, backend)
@@ -98,6 +100,7 @@ def _check(form: str, backend: str) -> None:
 def time_steps(settings: dict[str, Any], steps: int) -> tuple[StepTimes, list[int]]:
     """Run stage 1 for the warm-up and `steps` steps; the timed steps, and the layers that were trained."""
     import tempfile
+    from unittest.mock import patch
 
     import torch
 
@@ -131,8 +134,14 @@ def time_steps(settings: dict[str, Any], steps: int) -> tuple[StepTimes, list[in
         checkpoint_seconds=float("inf"),
     )
     handle = torch.nn.modules.module.register_module_forward_pre_hook(choose_backend)
+    # One function for all twins: they differ in weights only, so that it is compiled once a use, not once a twin.
+    forward = torch.compile(HybridMixer.forward, dynamic=False) if settings["compile"] else HybridMixer.forward
     try:
-        with tempfile.TemporaryDirectory() as folder, timed_parts(times):
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            patch.object(HybridMixer, "forward", forward),
+            timed_parts(times),
+        ):
             run_stage(
                 backbone.model,
                 sequences,
@@ -154,7 +163,8 @@ def _title(settings: dict[str, Any], steps: int) -> str:
     return (
         f"Stage 1, {settings['model']}: {settings['layers']} layers, {settings['form']}, window {settings['window']}, "
         f"backend {settings['backend']}, {settings['tokens']:,} tokens a step in sequences of {settings['length']:,}, "
-        f"products in {settings['precision']}, on {settings['placed']}, {steps} steps"
+        f"products in {settings['precision']}, on {settings['placed']}{', torch.compile' if settings['compile'] else ''}, "
+        f"{steps} steps"
     )
 
 

@@ -130,18 +130,18 @@ def distill_on(
     groups = sum(map(len, left))
     keeping, stopped = threading.Lock(), threading.Event()
 
-    def train(groups: list[Group]) -> None:
+    def train(mine: list[Group]) -> None:
         team, finished = Team(workers, Member, (asked, tally), stopped), set[Group]()
 
         def attempt() -> None:
-            while rest := [group for group in groups if group not in finished]:
+            while rest := [group for group in mine if group not in finished]:
                 with keeping:
                     # What a member finished before another one was lost lies in its folder, if that is the run's.
                     finished.update(group for group in rest if twins.take(group))
                 if some := [group for group in rest if group not in finished][: max(1, workers.places())]:
-                    together(some)
+                    train_together(some)
 
-        def together(some: list[Group]) -> None:
+        def train_together(some: list[Group]) -> None:
             with team.assembled(len(some)) as members:
                 place = team.get(members[0].meet.remote()) if len(some) > 1 else ("", 0)
                 calls = [

@@ -1,8 +1,8 @@
-"""Stage 2 on a cluster: parts of scores, screenings and attribution's batches, each computed by one of many replicas.
+"""Stage 2 on a cluster: scores, screenings and attribution, batch by batch on many replicas.
 
-A replica is a `ModelEvaluator` in a worker. The same part of a split goes to the same replicas, which keep hidden
-states of it between layers; several layouts on one part are dealt among the replicas of that part, neighbours in the
-tree together. A replica that is lost is made again and repeats what it was doing; results are written down by the
+A replica is a `ModelEvaluator` in a worker. Batches of a part of a split always go to the same replicas, which keep
+hidden states of them between layers. Where there are more replicas than batches, several layouts are dealt too,
+neighbours in the tree together. A replica that is lost is made again and repeats what it was doing; results are written down by the
 process that searches, so nothing else is lost.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dtr_deploy.cluster.workers import Source, Workers, load, results, use_cores
+from dtr_deploy.cluster.workers import Source, Workers, dispatched, load, results, use_cores
 from dtr_deploy.errors import UsageError
 from dtr_deploy.hybrid.layout import Layout
 from dtr_deploy.hybrid.model import Twins
@@ -26,11 +26,24 @@ from dtr_deploy.search.evaluator import Finished
 from dtr_deploy.search.model_evaluator import ModelEvaluator
 from dtr_deploy.search.objective import Screening
 from dtr_deploy.search.problem import BatchProgress, Candidate
+from dtr_deploy.search.shares import Share
 from dtr_deploy.tasks.base import Split, Task, TaskScore
 from dtr_deploy.tasks.divergence import Divergence
 
 Call = tuple[int, str, tuple[Any, ...]]
 """A replica's number, a method of `Replica`, its arguments."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A call of `method` for each share of something, by replica `first` and those after it. layouts: by number. of:
+    what the method is told besides."""
+
+    method: str
+    layouts: list[int]
+    shares: Sequence[Share]
+    first: int
+    of: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,7 +64,11 @@ class Made:
 class Replica:
     """A `ModelEvaluator` in a worker."""
 
-    def __init__(self, made: Made) -> None:
+    def __init__(self, reference: Sequence[Any]) -> None:
+        """reference: to a `Made` in Ray's object store."""
+        import ray
+
+        (made,) = ray.get(list(reference))
         use_cores(made.cpus)
         # Arrays from the object store are shared and cannot be written.
         twins = {key: {n: torch.from_numpy(x.copy()) for n, x in twin.items()} for key, twin in made.twins.items()}
@@ -70,11 +87,11 @@ class Replica:
         """What its numbers depend on besides the models."""
         return self.evaluator.arithmetic
 
-    def score(self, layouts: Sequence[Layout], split: Split, part: int) -> list[Finished]:
-        return list(self.evaluator.score_part(layouts, split, part))
+    def score(self, layouts: Sequence[Layout], split: Split, part: int, share: Share) -> list[Finished]:
+        return list(self.evaluator.score_part(layouts, split, part, share))
 
-    def screen(self, layouts: Sequence[Layout]) -> list[Finished]:
-        return list(self.evaluator.screen(layouts))
+    def screen(self, layouts: Sequence[Layout], share: Share) -> list[Finished]:
+        return list(self.evaluator.screen_share(layouts, share))
 
     def attribute(self, start: Layout, swaps: Sequence[Swap], unit: Unit) -> UnitResult:
         return self.evaluator.attribute_unit(start, swaps, unit)
@@ -102,8 +119,9 @@ class ClusterEvaluator:
             precision,
             workers.cpus,
         )
-        # Ray forgets large arguments of its own accord; a replica that is made again needs this one.
-        self._made = ray.put(made)
+        # Ray forgets large arguments of its own accord; a replica that is made again needs this one. In a list, since Ray
+        # warns of references that are arguments themselves.
+        self._made = [ray.put(made)]
         replica = workers.actor(Replica)
         self.replicas = [replica.remote(self._made) for _ in range(workers.count)]
         try:
@@ -137,22 +155,50 @@ class ClusterEvaluator:
 
     def score(self, wanted: Sequence[tuple[Layout, int]], split: Split) -> Iterator[Finished]:
         """See `Evaluator`."""
-        parts = sorted({part for _, part in wanted})
-        calls: list[Call] = []
-        numbers: list[list[int]] = []
+        parts, count = sorted({part for _, part in wanted}), len(self.replicas)
+        jobs = []
         for part in parts:
+            shares = self.local.shares(split, part, count)
             mine = [number for number, (_, its) in enumerate(wanted) if its == part]
-            for place, some in enumerate(self._shares([wanted[n][0] for n in mine], len(parts))):
-                numbers.append([mine[index] for index in some])
-                worker = (part + place * self.local.parts(split)) % len(self.replicas)
-                calls.append((worker, "score", ([wanted[n][0] for n in numbers[-1]], split, part)))
-        yield from self._finished(calls, numbers)
+            for place, some in enumerate(self._dealt([wanted[n][0] for n in mine], len(parts) * len(shares))):
+                first = (part + place * self.local.parts(split)) * len(shares)
+                jobs.append(_Job("score", [mine[index] for index in some], shares, first, (split, part)))
+        for job, results, number in self._joint([layout for layout, _ in wanted], jobs):
+            yield self.local.joined(*job.of, job.shares, results, number)
 
     def screen(self, layouts: Sequence[Layout]) -> Iterator[Finished]:
         """See `Evaluator`."""
-        shares = self._shares(layouts, 1)
-        calls = [(n, "screen", ([layouts[index] for index in share],)) for n, share in enumerate(shares)]
-        yield from self._finished(calls, shares)
+        shares = self.local.screening_shares(len(self.replicas))
+        jobs = [
+            _Job("screen", some, shares, place * len(shares))
+            for place, some in enumerate(self._dealt(layouts, len(shares)))
+        ]
+        for job, results, number in self._joint(layouts, jobs):
+            yield self.local.joined_screen(job.shares, results, number)
+
+    def _joint(self, layouts: Sequence[Layout], jobs: Sequence[_Job]) -> Iterator[tuple[_Job, list[Finished], int]]:
+        """(job, results of a layout on its shares, the layout's number) as soon as all shares are there. Seconds are
+        those of the search, in which replicas work side by side."""
+        asked = [(job, number) for job in jobs for number in range(len(job.shares))]
+        calls: list[Call] = [
+            (
+                (job.first + number) % len(self.replicas),
+                job.method,
+                ([layouts[index] for index in job.layouts], *job.of, job.shares[number]),
+            )
+            for job, number in asked
+        ]
+        busy = len({worker for worker, _, _ in calls})
+        there: dict[int, dict[int, list[Finished]]] = {}
+        for call, found in self._run(calls):
+            job, number = asked[call]
+            shares = there.setdefault(id(job), {})
+            shares[number] = [
+                replace(done, seconds=done.seconds / busy) for done in sorted(found, key=lambda done: done.number)
+            ]
+            if len(shares) == len(job.shares):
+                for place, index in enumerate(job.layouts):
+                    yield job, [shares[share][place] for share in range(len(job.shares))], index
 
     def attribute(
         self, start: Layout, layouts: Sequence[Layout], priced: bool, progress: BatchProgress | None = None
@@ -161,23 +207,19 @@ class ClusterEvaluator:
         return self.local.attribute(start, layouts, priced, progress, self._units)
 
     def _units(self, start: Layout, swaps: Sequence[Swap], units: Sequence[Unit]) -> Iterator[tuple[int, UnitResult]]:
-        count = len(self.replicas)
-        yield from self._run([(n % count, "attribute", (start, swaps, unit)) for n, unit in enumerate(units)])
+        """The largest first, each to the replica that is free first."""
+        costs = self.local.attribution_costs(units)
+        order = sorted(range(len(units)), key=lambda number: -costs[number])
+        method = [replica.attribute for replica in self.replicas]
+        yield from dispatched(method, [(number, (start, swaps, units[number])) for number in order])
 
-    def _shares(self, layouts: Sequence[Layout], parts: int) -> list[list[int]]:
-        """Numbers of layouts, dealt among the replicas that a part has, neighbours together."""
+    def _dealt(self, layouts: Sequence[Layout], taken: int) -> list[list[int]]:
+        """Numbers of layouts, dealt among the replicas that there are for each of `taken` pieces of work, neighbours
+        together."""
         order = sorted(range(len(layouts)), key=lambda number: [form or "" for form in layouts[number]])
-        count = min(len(order), max(1, len(self.replicas) // parts))
+        count = min(len(order), max(1, len(self.replicas) // taken))
         size = math.ceil(len(order) / count)
         return [order[first : first + size] for first in range(0, len(order), size)]
-
-    def _finished(self, calls: Sequence[Call], numbers: Sequence[Sequence[int]]) -> Iterator[Finished]:
-        """Layouts of each call under their own numbers. Seconds are those of the search, in which replicas work side by
-        side."""
-        busy = len({worker for worker, _, _ in calls})
-        for call, found in self._run(calls):
-            for done in found:
-                yield replace(done, number=numbers[call][done.number], seconds=done.seconds / busy)
 
     def _run(self, calls: Sequence[Call]) -> Iterator[tuple[int, Any]]:
         """(number of the call, its result) as they end."""

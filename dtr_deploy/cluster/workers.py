@@ -209,6 +209,27 @@ def results(references: Sequence[Any], poll: Callable[[], None] | None = None, s
             ray.cancel(reference, force=False)
 
 
+def dispatched(methods: Sequence[Any], calls: Sequence[tuple[int, tuple[Any, ...]]]) -> Iterator[Any]:
+    """(number, result) of calls, given by number and arguments, as they end. methods: of one actor each, which takes
+    the next call when it is free. Raises as `results` does."""
+    import ray
+
+    waiting, free, running = list(reversed(calls)), list(methods), dict[Any, tuple[int, Any]]()
+    try:
+        while waiting or running:
+            while waiting and free:
+                number, arguments = waiting.pop()
+                method = free.pop(0)
+                running[method.remote(*arguments)] = number, method
+            (done,), _ = ray.wait(list(running), num_returns=1)
+            number, method = running.pop(done)
+            free.append(method)
+            yield number, _get(done)
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=False)
+
+
 def _get(reference: Any) -> Any:
     import ray
 

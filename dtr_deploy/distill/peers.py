@@ -10,14 +10,18 @@ import socket
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+PATIENCE = timedelta(days=1)
+"""How long members wait for one another, for one that still fetches the model too. Who runs them sees who is lost."""
+
 
 class Alone:
-    """One process, which has nobody to wait for. Also what `Together` is to the loop."""
+    """One process, which has nobody to wait for."""
 
     rank, count = 0, 1
 
@@ -63,7 +67,7 @@ def meeting_place(host: str) -> tuple[Any, tuple[str, int]]:
     """A store on this machine, to be kept alive, and the (host, port) where the other members find it."""
     from torch.distributed import TCPStore
 
-    store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=PATIENCE)
     return store, (host, store.port)
 
 
@@ -87,8 +91,9 @@ def members_of(rank: int, count: int, place: tuple[str, int], host: str, store: 
     if (name := interface_of(host)) is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     gpus = torch.cuda.is_available()
-    store = store if store is not None else dist.TCPStore(*place, is_master=False)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=rank, world_size=count)
+    store = store if store is not None else dist.TCPStore(*place, is_master=False, timeout=PATIENCE)
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=count)
     try:
         yield Together(rank, count)
     finally:

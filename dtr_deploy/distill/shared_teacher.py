@@ -18,25 +18,27 @@ from dtr_deploy.distill.teacher import Activations
 if TYPE_CHECKING:
     from torch import Tensor
 
-Pass = Callable[[int], Activations]
-"""Of the step that it begins with: what the layers saw and answered on the sequences of some steps."""
 
 
 class SharedTeacher:
-    """Passes of the teacher for this process's layers, in the order of their steps; every process asks for the same.
+    """Passes of the teacher for this process's layers. Every process asks for the same ones, one after another.
 
     Args:
         peers: this process and the others.
         layers: of each process's twins, by rank.
-        run: this process's own pass over all these layers.
-        stride: steps of one pass. steps: of all. batch_size: sequences of a step.
+        run: the pass of this number over all these layers, by this process.
+        passes: how many there are. rows: sequences of the pass of this number.
     """
 
     def __init__(
-        self, peers: Alone, layers: Sequence[Sequence[int]], run: Pass, stride: int, steps: int, batch_size: int
+        self,
+        peers: Alone,
+        layers: Sequence[Sequence[int]],
+        run: Callable[[int], Activations],
+        passes: int,
+        rows: Callable[[int], int],
     ) -> None:
-        self.peers, self.layers, self.run = peers, layers, run
-        self.stride, self.steps, self.batch_size = stride, steps, batch_size
+        self.peers, self.layers, self.run, self.passes, self.rows = peers, layers, run, passes, rows
         self._coming: dict[int, Activations] = {}
 
     @property
@@ -44,41 +46,41 @@ class SharedTeacher:
         """Whether there are passes that were exchanged and not asked for yet."""
         return bool(self._coming)
 
-    def __call__(self, first: int) -> Activations:
-        if first not in self._coming:
-            self._coming = self._share(first)
-        return self._coming.pop(first)
+    def __call__(self, number: int) -> Activations:
+        """What this process's layers saw and answered in a pass."""
+        if number not in self._coming:
+            self._coming = self._share(number)
+        return self._coming.pop(number)
 
     def _share(self, first: int) -> dict[int, Activations]:
-        """The passes that begin at `first` and after it, one of each process."""
+        """The pass `first` and those after it, one of each process."""
         rank, mine = self.peers.rank, self.layers[self.peers.rank]
-        starts = [start for n in range(self.peers.count) if (start := first + n * self.stride) < self.steps]
+        numbers = range(first, min(first + self.peers.count, self.passes))
         # At the end there may be fewer passes than processes: who has none runs the first one, for its shapes only.
-        own = self.run(starts[rank] if rank < len(starts) else first)
+        own = self.run(numbers[rank] if rank < len(numbers) else first)
         home = next(iter(own.inputs.values())).device  # of what is exchanged, where a teacher lies on several devices
         incoming: list[tuple[int, Tensor]] = []
         received: dict[int, Activations] = {}
-        for peer, start in enumerate(starts):
+        for peer, number in enumerate(numbers):
             if peer == rank:
                 continue
-            rows = self.batch_size * min(self.stride, self.steps - start)
             seen, said = (
-                {layer: x[layer].new_empty(rows, *x[layer].shape[1:], device=home) for layer in mine}
+                {layer: x[layer].new_empty(self.rows(number), *x[layer].shape[1:], device=home) for layer in mine}
                 for x in (own.inputs, own.outputs)
             )
-            received[start] = Activations(seen, said, own.position_embeddings)
+            received[number] = Activations(seen, said, own.position_embeddings)
             incoming += [(peer, x[layer]) for layer in mine for x in (seen, said)]
         outgoing = [
             (peer, x[layer].to(home).contiguous())
             for peer, theirs in enumerate(self.layers)
-            if peer != rank and rank < len(starts)
+            if peer != rank and rank < len(numbers)
             for layer in theirs
             for x in (own.inputs, own.outputs)
         ]
         self.peers.exchange(outgoing, incoming)
-        passes = {start: _placed(some, own, mine) for start, some in received.items()}
-        if rank < len(starts):
-            passes[starts[rank]] = _placed(own, own, mine)
+        passes = {number: _placed(some, own, mine) for number, some in received.items()}
+        if rank < len(numbers):
+            passes[numbers[rank]] = _placed(own, own, mine)
         return passes
 
 

@@ -8,8 +8,9 @@ all of them is written at intervals; a run that is killed goes on from there and
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ Progress = Callable[[int, int, str], None]
 SUMMARY = "distill.json"
 """In the folder of finished twins: tokens, seconds and reports."""
 
+CALIBRATED = 4
+"""Training sequences that start values are made from."""
 EVALUATED = 12
 """Held-out sequences that errors are reported on; about 6,000 tokens at 512 each."""
 
@@ -129,28 +132,31 @@ def distill(
     mixers = {key: trainer.mixer for key, trainer in trainers.items()}
     half_way = HalfWay(folder, peers)
     done, spent = half_way.load(trainers)
+    of_all = peers.gather(layers)
+    exact = partial(_exact_passes, backbone, peers, of_all)
     if done == 0 and settings.calibrate:
-        _calibrate(backbone, sequences[:4], layers, trainers)
+        _calibrate(exact(sequences[:CALIBRATED].split(1)), trainers)
     order = _batches(len(sequences), settings.batch_size, steps, settings.seed)
     saved_at = time.monotonic()
     device = backbone.device
     dtype = products_dtype(settings.precision, device.type)
     mixed = products_in(dtype, device.type)
-    of_all = peers.gather(layers)
     seen = sorted({layer for some in of_all for layer in some})
     fused = FusedTeacher(backbone, seen, dtype) if FusedTeacher.fits(backbone, dtype) else None
     stride = max(1, settings.teacher_sequences // settings.batch_size)
 
-    def one_pass(first: int) -> Activations:
-        batch = sequences[torch.cat(order[first : first + stride])].to(device)
+    def one_pass(number: int) -> Activations:
+        batch = sequences[torch.cat(order[number * stride :][:stride])].to(device)
         with mixed:
             if variation.activations is not None:
-                return variation.activations(batch, mixers, first / steps)
+                return variation.activations(batch, mixers, number * stride / steps)
             return fused(batch) if fused else attention_activations(backbone, batch, seen)
 
-    teacher = SharedTeacher(peers, of_all, one_pass, stride, steps, settings.batch_size)
-    for first in range(done, steps, stride):
-        activations = teacher(first)
+    passes = math.ceil(steps / stride)
+    rows = lambda number: settings.batch_size * min(stride, steps - number * stride)  # noqa: E731
+    teacher = SharedTeacher(peers, of_all, one_pass, passes, rows)
+    for number in range(done // stride, passes):
+        first, activations = number * stride, teacher(number)
         # One twin after another, so that its weights and moments stay in the cache over the steps of a pass.
         errors = [
             trainer.steps(
@@ -168,7 +174,7 @@ def distill(
             variation.watch(after, steps, mixers)
         progress(after, steps, f"relative error {sum(error.item() for error in errors) / len(errors):.3f}")
 
-    reports = _evaluate(backbone, held_out[:EVALUATED], layers, keys, trainers)
+    reports = _evaluate(exact(held_out[:EVALUATED].split(4)), keys, trainers)
     for key, trainer in trainers.items():
         weights = {name: p.detach().clone().contiguous() for name, p in trainer.mixer.state_dict().items()}
         write_safetensors(files[key], weights, {})
@@ -191,27 +197,34 @@ def _batches(count: int, batch_size: int, steps: int, seed: int) -> list[Tensor]
     return [flat[i * batch_size : (i + 1) * batch_size] for i in range(steps)]
 
 
+def _exact_passes(
+    backbone: Any, peers: Alone, layers: Sequence[Sequence[int]], batches: Sequence[Tensor]
+) -> Iterator[Activations]:
+    """Of these layers of each process, on each batch of tokens [B,T], in the model's own precision."""
+    wanted = sorted({layer for some in layers for layer in some})
+    run = lambda number: attention_activations(backbone, batches[number].to(backbone.device), wanted)  # noqa: E731
+    teacher = SharedTeacher(peers, layers, run, len(batches), lambda number: len(batches[number]))
+    return map(teacher, range(len(batches)))
+
+
 @torch.no_grad()
-def _calibrate(backbone: Any, tokens: Tensor, layers: list[int], trainers: dict[tuple[int, str], Trainer]) -> None:
-    activations = attention_activations(backbone, tokens.to(backbone.device), layers)
+def _calibrate(passes: Iterable[Activations], trainers: dict[tuple[int, str], Trainer]) -> None:
+    """passes: of one sequence each."""
+    seen = list(passes)
     for (layer, _), trainer in trainers.items():
-        statistics = teacher_statistics(trainer.teacher, activations.inputs[layer], activations.where(layer))
+        inputs = torch.cat([one.inputs[layer] for one in seen])
+        statistics = teacher_statistics(trainer.teacher, inputs, seen[0].where(layer))
         trainer.teacher.form.start_from(statistics)
         trainer.mixer.form.load_state_dict(trainer.teacher.form.state_dict())
 
 
 @torch.no_grad()
 def _evaluate(
-    backbone: Any,
-    held_out: Tensor,
-    layers: list[int],
-    keys: list[tuple[int, str]],
-    trainers: dict[tuple[int, str], Trainer],
+    passes: Iterable[Activations], keys: list[tuple[int, str]], trainers: dict[tuple[int, str], Trainer]
 ) -> list[TwinReport]:
     kinds = ("start", "trained", "no_op", "window_only")
     sums = {key: {kind: Running() for kind in kinds} for key in keys}
-    for tokens in held_out.split(4):
-        activations = attention_activations(backbone, tokens.to(backbone.device), layers)
+    for activations in passes:
         for (layer, form), trainer in trainers.items():
             hidden, target, running = activations.inputs[layer], activations.outputs[layer], sums[layer, form]
             where = activations.where(layer)

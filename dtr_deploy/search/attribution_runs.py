@@ -74,6 +74,13 @@ class AttributionRuns:
         batches, count = self.recall[unit.task][1:] if unit.kind == RECALL else self.priced[unit.task]
         return self.attribution.answers_of(start, swaps, batches[unit.batch], tokens_of(batches, count))
 
+    def cost(self, unit: Unit) -> float:
+        """About what it takes, next to other units: tokens, times passes."""
+        if unit.kind == DIVERGENCE:
+            return float((1 + SAMPLES) * self.divergence.batches()[unit.batch].tokens)
+        batches, _ = self.recall[unit.task][1:] if unit.kind == RECALL else self.priced[unit.task]
+        return 2.0 * batches[unit.batch].tokens
+
     def run_units(
         self, start: Layout, swaps: Sequence[Swap], units: Sequence[Unit]
     ) -> Iterator[tuple[int, UnitResult]]:

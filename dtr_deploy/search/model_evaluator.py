@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from dtr_deploy.search.evaluator import ATTRIBUTION, SCORE, SCREEN, Finished
 from dtr_deploy.search.forward import LAYOUTS_AT_ONCE, LayerPool, PrefixForward
 from dtr_deploy.search.objective import Screening
 from dtr_deploy.search.problem import BatchProgress, Candidate
+from dtr_deploy.search.shares import Piece, Share, dealt, part_of, pieces_of, whole_piece
 from dtr_deploy.search.task_runs import (
     DraftRuns,
     LikelihoodRuns,
@@ -36,7 +37,7 @@ from dtr_deploy.search.task_runs import (
     whole_score,
 )
 from dtr_deploy.tasks.base import Split, Task, TaskScore
-from dtr_deploy.tasks.divergence import Divergence, join
+from dtr_deploy.tasks.divergence import Divergence, DivergenceScore, join
 from dtr_deploy.tasks.generation import GenerationTask
 from dtr_deploy.tasks.parts import PARTS
 from dtr_deploy.tasks.request_task import Part, RequestTask
@@ -44,6 +45,9 @@ from dtr_deploy.tasks.scoring import RequestScores, ScoringBatch
 
 BORDER_BYTES = 2 << 30
 """Memory that a search may fill with hidden states between layers, over all its tasks."""
+
+TEXT = -1
+"""The divergence, where tasks have numbers."""
 
 FORMAT = 2
 """Of raw results in the ledger. Higher numbers are not read by, and do not read, what came before."""
@@ -92,8 +96,10 @@ class ModelEvaluator:
         self._head = backbone.get_output_embeddings()
         self._whole = WholeModel(self.pool, self.products)
         self._search_parts = _most_parts(self.tasks, parts)
-        self._runs: dict[tuple[str, int, Split, int], TaskRuns] = {}
+        self._runs: dict[tuple[str, int, Split, int, tuple[int, ...] | None], TaskRuns] = {}
+        self._shares: dict[tuple[Split, int], list[list[Share]]] = {}
         self._screening: PrefixForward | None = None
+        self._texts: dict[tuple[int, ...], PrefixForward] = {}
         screened = [*divergence.batches(), *_search_batches(self.recall)]
         screening_bytes = PrefixForward.border_bytes(screened, backbone.config)
         search_bytes = PrefixForward.border_bytes(_search_batches(self.tasks), backbone.config)
@@ -105,8 +111,8 @@ class ModelEvaluator:
     @property
     def kept_bytes(self) -> int:
         """Bytes of hidden states held between layers now."""
-        screening = self._screening.kept_bytes if self._screening is not None else 0
-        return screening + sum(runs.kept_bytes for runs in self._runs.values())
+        texts = [*self._texts.values(), *([self._screening] if self._screening is not None else [])]
+        return sum(text.kept_bytes for text in texts) + sum(runs.kept_bytes for runs in self._runs.values())
 
     def parts(self, split: Split) -> int:
         """See `Evaluator`: only the search split is scored in parts."""
@@ -119,13 +125,45 @@ class ModelEvaluator:
             for done in self.score_part([wanted[number][0] for number in numbers], split, part):
                 yield replace(done, number=numbers[done.number])
 
-    def score_part(self, layouts: Sequence[Layout], split: Split, part: int) -> Iterator[Finished]:
-        """`score` of layouts on one part."""
+    def score_part(
+        self, layouts: Sequence[Layout], split: Split, part: int, share: Share | None = None
+    ) -> Iterator[Finished]:
+        """`score` of layouts on one part, or on a share of it."""
+        tasks = share if share is not None else [(number, None) for number in range(len(self.tasks))]
 
         def run(some: Sequence[Layout]) -> list[RawResult]:
-            return _merged([self._task_runs(SCORE, number, split, part).run(some) for number in range(len(self.tasks))])
+            return _merged([(task, self._task_runs(SCORE, task, split, part, of).run(some)) for task, of in tasks])
 
         return _side_by_side(layouts, run)
+
+    def shares(self, split: Split, part: int, most: int) -> list[Share]:
+        """A part dealt among at most so many processes; none has nothing to do."""
+        if (split, most) not in self._shares:
+            loads = [0.0] * most
+            self._shares[split, most] = [
+                [share for share in dealt(self._pieces(split, number), loads) if share]
+                for number in range(self.parts(split))
+            ]
+        return self._shares[split, most][part]
+
+    def joined(
+        self, split: Split, part: int, shares: Sequence[Share], results: Sequence[Finished], number: int
+    ) -> Finished:
+        """The result of a layout on a part, of that on all its shares. number: which layout it is."""
+        done = _summed(results, number)
+        done.arrays = _joined(shares, results, lambda task: self.tasks[task].part(split, part, self.parts(split)))
+        return done
+
+    def _pieces(self, split: Split, part: int) -> list[Piece]:
+        pieces: list[Piece] = []
+        for number, task in enumerate(self.tasks):
+            if isinstance(task, RequestTask) and _can_be_dealt(task):
+                batches = task.part(split, part, self.parts(split)).batches
+                make = whole_piece if isinstance(task, GenerationTask) else pieces_of
+            else:
+                batches, make = task.batches(split) if isinstance(task, RequestTask) else [], whole_piece
+            pieces += make(number, batches, self.backbone.config.hidden_size)
+        return pieces
 
     def interpret(
         self, split: Split, raw: Sequence[tuple[Mapping[str, np.ndarray], Mapping[str, Any]]]
@@ -143,7 +181,35 @@ class ModelEvaluator:
 
     def screen(self, layouts: Sequence[Layout]) -> Iterator[Finished]:
         """See `Evaluator`: divergence from the teacher, and the recall tasks' mean margins."""
-        return _side_by_side(layouts, self._screen)
+        everything = self._screening_share
+
+        def run(some: Sequence[Layout]) -> list[RawResult]:
+            found = self._screen(some, everything)
+            return [RawResult({}, raw.layer_forwards, self._screened(raw.arrays)) for raw in found]
+
+        return _side_by_side(layouts, run)
+
+    def screen_share(self, layouts: Sequence[Layout], share: Share) -> Iterator[Finished]:
+        """What `joined_screen` makes a screening of."""
+        return _side_by_side(layouts, lambda some: self._screen(some, share))
+
+    def screening_shares(self, most: int) -> list[Share]:
+        """As `shares`, of what is screened."""
+        size = self.backbone.config.hidden_size
+        pieces = pieces_of(TEXT, self.divergence.batches(), size)
+        for number, task in enumerate(self.recall):
+            if isinstance(task, RequestTask) and _can_be_dealt(task):
+                make = whole_piece if isinstance(task, GenerationTask) else pieces_of
+                pieces += make(number, task.part("search", 0, 1).batches, size)
+            else:
+                pieces += whole_piece(number, [], size)
+        return [share for share in dealt(pieces, [0.0] * most) if share]
+
+    def joined_screen(self, shares: Sequence[Share], results: Sequence[Finished], number: int) -> Finished:
+        """As `joined`, of a screening."""
+        done = _summed(results, number)
+        done.scalars = self._screened(_joined(shares, results, lambda task: self.recall[task].part("search", 0, 1)))
+        return done
 
     def screening(self, layout: Layout, scalars: Mapping[str, Any]) -> Screening:
         """See `Evaluator`."""
@@ -183,6 +249,10 @@ class ModelEvaluator:
         self._refer()
         return self._attribution_runs().run_unit(start, swaps, unit)
 
+    def attribution_costs(self, units: Sequence[Unit]) -> list[float]:
+        """About what each takes, next to the others."""
+        return [self._attribution_runs().cost(unit) for unit in units]
+
     def _attribution_runs(self) -> AttributionRuns:
         return AttributionRuns(
             self.pool,
@@ -218,23 +288,49 @@ class ModelEvaluator:
             digest.update(f"/{task.name}/{task.fingerprint(split)}".encode())
         return digest.hexdigest()
 
-    def _screen(self, layouts: Sequence[Layout]) -> list[RawResult]:
+    @property
+    def _screening_share(self) -> Share:
+        """All that is screened."""
+        return ((TEXT, None), *((number, None) for number in range(len(self.recall))))
+
+    def _screen(self, layouts: Sequence[Layout], share: Share) -> list[RawResult]:
+        """Arrays of a share of a screening, which `_screened` reads once they are together."""
         extra = self._refer() / len(layouts)
-        assert self._screening is not None
-        parts: list[list[Any]] = [[] for _ in layouts]
-        for number, batch, hidden in self._screening.hidden_many(layouts):
-            parts[number].append(self.divergence.read_batch(batch, hidden, self._head))
-        shares = self._screening.shares
-        results = []
-        for number, scores in enumerate(parts):
-            score = join(scores)
-            scalars = {"kl": score.mean_kl, "perplexity": score.perplexity, "recall": {}}
-            results.append(RawResult({}, shares[number] + extra, scalars))
-        for number, task in enumerate(self.recall):
-            for result, raw in zip(results, self._task_runs(SCREEN, number, "search", 0).run(layouts), strict=True):
-                result.layer_forwards += raw.layer_forwards
-                result.scalars["recall"][task.name] = self._recall_margin(task, raw)
+        by_task = [
+            (task, self._text_runs(layouts, of) if task == TEXT else self._task_runs(SCREEN, task, "search", 0, of).run(layouts))
+            for task, of in share
+        ]
+        results = _merged(by_task)
+        for result in results:
+            result.layer_forwards += extra
         return results
+
+    def _text_runs(self, layouts: Sequence[Layout], batches: tuple[int, ...] | None) -> list[RawResult]:
+        """Divergences on some batches of the text, or all: arrays `kl.N` and `nll.N` of batch N, of its sequences."""
+        numbers = batches if batches is not None else tuple(range(len(self.divergence.batches())))
+        forward = self._screening
+        if batches is not None:
+            if batches not in self._texts:
+                some = [self.divergence.batches()[number] for number in batches]
+                self._texts[batches] = PrefixForward(self.pool, some, self.screen_stride, self.products)
+            forward = self._texts[batches]
+        assert forward is not None
+        found: list[dict[str, np.ndarray]] = [{} for _ in layouts]
+        for layout, place, hidden in forward.hidden_many(layouts):
+            score = self.divergence.read_batch(numbers[place], hidden, self._head)
+            found[layout] |= {f"kl.{numbers[place]}": score.kl, f"nll.{numbers[place]}": score.nll}
+        return [RawResult(arrays, work) for arrays, work in zip(found, forward.shares, strict=True)]
+
+    def _screened(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Scalars of a screening, of `_screen`'s arrays of all shares."""
+        text = _of_task(arrays, TEXT)
+        score = join(
+            [DivergenceScore(text[f"kl.{n}"], text[f"nll.{n}"]) for n in range(len(self.divergence.batches()))]
+        )
+        recall = {
+            task.name: self._recall_margin(task, _of_task(arrays, number)) for number, task in enumerate(self.recall)
+        }
+        return {"kl": score.mean_kl, "perplexity": score.perplexity, "recall": recall}
 
     def _refer(self) -> int:
         """Make the backbone the divergence's reference, once; the layer-forwards that this took now."""
@@ -245,14 +341,17 @@ class ModelEvaluator:
         self.divergence.reference_hidden(list(self._screening.hidden(full(self.layers))), self._head)
         return self._screening.layer_forwards
 
-    def _recall_margin(self, task: Task, raw: RawResult) -> float:
+    def _recall_margin(self, task: Task, arrays: Mapping[str, np.ndarray]) -> float:
         if isinstance(task, RequestTask) and _can_be_dealt(task):
             whole = [task.part("search", 0, 1)]
-            return task.interpret_items("search", joined_scores([raw.arrays]), whole).mean_margin
-        return float(raw.arrays["margins"].mean())
+            return task.interpret_items("search", joined_scores([arrays]), whole).mean_margin
+        return float(arrays["margins"].mean())
 
-    def _task_runs(self, kind: str, number: int, split: Split, part: int) -> TaskRuns:
-        key = (kind, number, split, part)
+    def _task_runs(
+        self, kind: str, number: int, split: Split, part: int, batches: tuple[int, ...] | None = None
+    ) -> TaskRuns:
+        """batches: those of the part that are run; None: all."""
+        key = (kind, number, split, part, batches)
         if key not in self._runs:
             task = (self.recall if kind == SCREEN else self.tasks)[number]
             # Only the search split is run often enough to keep anything for.
@@ -267,6 +366,7 @@ class ModelEvaluator:
                 self._runs[key] = DraftRuns(task, split, items, forward, self._whole, self._head)
             elif isinstance(task, RequestTask) and task.resumable:
                 items = task.part(split, part, parts)
+                items = items if batches is None else part_of(items, batches)[0]
                 self._runs[key] = LikelihoodRuns(items, forward(items.batches), self._head)
             else:
                 self._runs[key] = WholeRuns(task, split, self._whole)
@@ -321,14 +421,43 @@ def _side_by_side(layouts: Sequence[Layout], run: Any) -> Iterator[Finished]:
             yield Finished(index, result.arrays, result.scalars, int(forwards), float(seconds * share))
 
 
-def _merged(by_task: Sequence[Sequence[RawResult]]) -> list[RawResult]:
+def _merged(by_task: Sequence[tuple[int, Sequence[RawResult]]]) -> list[RawResult]:
     """One result a layout out of one a task and layout; names begin with the task's number."""
     merged = []
-    for results in zip(*by_task, strict=True):
-        arrays = {f"{n}.{name}": array for n, result in enumerate(results) for name, array in result.arrays.items()}
-        scalars = {f"{n}.{name}": value for n, result in enumerate(results) for name, value in result.scalars.items()}
+    numbers = [number for number, _ in by_task]
+    for results in zip(*(some for _, some in by_task), strict=True):
+        named = list(zip(numbers, results, strict=True))
+        arrays = {f"{n}.{name}": array for n, result in named for name, array in result.arrays.items()}
+        scalars = {f"{n}.{name}": value for n, result in named for name, value in result.scalars.items()}
         merged.append(RawResult(arrays, sum(result.layer_forwards for result in results), scalars))
     return merged
+
+
+def _summed(results: Sequence[Finished], number: int) -> Finished:
+    """Work, time and scalars of a layout's shares."""
+    scalars: dict[str, Any] = {}
+    for result in results:
+        scalars |= result.scalars
+    work = sum(result.layer_forwards for result in results)
+    return Finished(number, {}, scalars, work, sum(result.seconds for result in results))
+
+
+def _joined(
+    shares: Sequence[Share], results: Sequence[Finished], part_of_task: Callable[[int], Part]
+) -> dict[str, np.ndarray]:
+    """The arrays of all shares, as if everything had been run at once."""
+    arrays: dict[str, np.ndarray] = {}
+    for share, result in zip(shares, results, strict=True):
+        for task, batches in share:
+            mine = {f"{task}.{name}": array for name, array in _of_task(result.arrays, task).items()}
+            if batches is None or task == TEXT:
+                arrays |= mine
+                continue
+            part = part_of_task(task)
+            at = part_of(part, batches)[1]
+            for name, array in mine.items():
+                arrays.setdefault(name, np.zeros(len(part.requests), array.dtype))[at] = array
+    return arrays
 
 
 def _of_task(arrays: Mapping[str, np.ndarray], number: int) -> dict[str, np.ndarray]:

@@ -23,7 +23,7 @@ from dtr_deploy.errors import UsageError
 from dtr_deploy.tasks.base import ForwardHidden
 from dtr_deploy.tasks.requests import Request
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 """Padded tokens a batch holds at most (rows x own length). On a CPU larger ones are no faster."""
 MIN_SHARED = 32
 """Shortest common prefix worth a cache of its own."""

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -120,6 +121,25 @@ def test_distill_splits_a_step(model_folder: Path, tmp_path: Path, backend: str)
     for step in written["steps"]:
         assert all(step[part] > 0 for part in PARTS)
         assert step["total"] == pytest.approx(sum(step[part] for part in (*PARTS, "other")))
+
+
+def test_distill_can_compile_its_twins(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[Any] = []
+    compile_it = torch.compile
+
+    def traced(function: Any, **options: Any) -> Any:
+        compiled.append(function)
+        return compile_it(function, backend="eager", **options)  # inductor takes a minute
+
+    monkeypatch.setattr(torch, "compile", traced)
+    file = tmp_path / "steps.json"
+    options = ("--layers", 2, "--tokens", 64, "--length", 32, "--steps", 1, "--threads", 1, "--compile")
+    result = run(distill.app, "--model", model_folder, *options, "--json", file)
+    assert result.exit_code == 0 and "torch.compile" in result.output, result.output
+    assert [function.__qualname__ for function in compiled] == ["HybridMixer.forward"]
+    assert json.loads(file.read_text())["seen"] == sorted(PARTS)
 
 
 @pytest.mark.parametrize(

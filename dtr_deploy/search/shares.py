@@ -1,0 +1,96 @@
+"""The batches of a part of a split, dealt among processes that score it together.
+
+Layouts of one call have most layers in common, so it is items that are dealt and not layouts: every process runs all
+layouts of a call on its own batches, and keeps hidden states of those between calls. Batches are not cut: what a process
+computes is what one process alone would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from dtr_deploy.tasks.request_task import Part
+from dtr_deploy.tasks.scoring import ScoringBatch
+
+Share = tuple[tuple[int, tuple[int, ...] | None], ...]
+"""Of tasks, by number: which batches of the part, or None for all of a task that is not run by batches."""
+
+
+class Piece(NamedTuple):
+    """What is not cut. batch: None for a whole task. beginning: the columns that neighbouring batches share, run once by whoever has one
+    of them; what it costs is not part of `cost`."""
+
+    task: int
+    batch: int | None
+    cost: float
+    beginning: tuple[int, bytes] | None = None
+    beginning_cost: float = 0.0
+
+
+def pieces_of(task: int, batches: Sequence[ScoringBatch], hidden_size: int) -> list[Piece]:
+    """A task's batches. hidden_size: of the model, by which the cost of attention is weighed against products."""
+    return [
+        Piece(
+            task,
+            number,
+            _cost(batch.tokens, batch.input_ids.shape[1], hidden_size),
+            (task, batch.input_ids[0, : batch.shared].numpy().tobytes()) if batch.shared else None,
+            _cost(batch.shared, batch.shared, hidden_size),
+        )
+        for number, batch in enumerate(batches)
+    ]
+
+
+def whole_piece(task: int, batches: Sequence[ScoringBatch], hidden_size: int) -> list[Piece]:
+    """A task that one process runs as a whole. batches: about what that takes."""
+    cost = sum(_cost(batch.tokens, batch.input_ids.shape[1], hidden_size) for batch in batches)
+    return [Piece(task, None, cost)]
+
+
+def _cost(tokens: int, width: int, hidden_size: int) -> float:
+    """Of a layer over so many tokens of rows of this width: products with about 12 H^2 weights, causal attention with
+    H / 2 of its two products for each token before."""
+    return tokens * (1 + width / (12 * hidden_size))
+
+
+def dealt(pieces: Sequence[Piece], loads: list[float]) -> list[Share]:
+    """A share for each load, of about equal cost together with what they have. loads: are added to."""
+    mine: list[list[Piece]] = [[] for _ in loads]
+    begun: list[set[tuple[int, bytes]]] = [set() for _ in loads]
+    for piece in sorted(pieces, key=lambda piece: -piece.cost):  # the largest first, to who would be done with it first
+
+        def added(number: int, piece: Piece = piece) -> float:
+            new = piece.beginning is not None and piece.beginning not in begun[number]
+            return piece.cost + (piece.beginning_cost if new else 0.0)
+
+        number = min(range(len(loads)), key=lambda number: (loads[number] + added(number), number))
+        loads[number] += added(number)
+        mine[number].append(piece)
+        if piece.beginning is not None:
+            begun[number].add(piece.beginning)
+    return [_share(some) for some in mine]
+
+
+def _share(pieces: Sequence[Piece]) -> Share:
+    tasks = sorted({piece.task for piece in pieces})
+    batches = {task: [piece.batch for piece in pieces if piece.task == task] for task in tasks}
+    return tuple(
+        (task, None if None in some else tuple(sorted(number for number in some if number is not None)))
+        for task, some in batches.items()
+    )
+
+
+def part_of(part: Part, batches: Sequence[int]) -> tuple[Part, np.ndarray]:
+    """Some batches of a part as one of its own (whose `items` are those of the whole part), and the places int64 of its
+    requests among the part's."""
+    chosen = [part.batches[number] for number in batches]
+    at = np.unique(np.concatenate([batch.requests.numpy() for batch in chosen]))
+    renumbered = [
+        replace(batch, requests=batch.requests.new_tensor(np.searchsorted(at, batch.requests.numpy())))
+        for batch in chosen
+    ]
+    return Part(part.items, part.requests[at], renumbered), at
