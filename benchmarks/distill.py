@@ -163,8 +163,8 @@ def _title(settings: dict[str, Any], steps: int) -> str:
     return (
         f"Stage 1, {settings['model']}: {settings['layers']} layers, {settings['form']}, window {settings['window']}, "
         f"backend {settings['backend']}, {settings['tokens']:,} tokens a step in sequences of {settings['length']:,}, "
-        f"products in {settings['precision']}, on {settings['placed']}{', torch.compile' if settings['compile'] else ''}, "
-        f"{steps} steps"
+        f"products in {settings['precision']}, on {settings['placed']}, {steps} steps"
+        + (", torch.compile" if settings["compile"] else "")
     )
 
 

@@ -2,8 +2,8 @@
 
 A replica is a `ModelEvaluator` in a worker. Batches of a part of a split always go to the same replicas, which keep
 hidden states of them between layers. Where there are more replicas than batches, several layouts are dealt too,
-neighbours in the tree together. A replica that is lost is made again and repeats what it was doing; results are written down by the
-process that searches, so nothing else is lost.
+neighbours in the tree together. A replica that is lost is made again and repeats what it was doing; results are written
+down by the process that searches, so nothing else is lost.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ class ClusterEvaluator:
             precision,
             workers.cpus,
         )
-        # Ray forgets large arguments of its own accord; a replica that is made again needs this one. In a list, since Ray
-        # warns of references that are arguments themselves.
+        # Ray forgets large arguments of its own accord; a replica that is made again needs this one. In a list, since
+        # Ray warns of references that are arguments themselves.
         self._made = [ray.put(made)]
         replica = workers.actor(Replica)
         self.replicas = [replica.remote(self._made) for _ in range(workers.count)]
@@ -163,8 +163,8 @@ class ClusterEvaluator:
             for place, some in enumerate(self._dealt([wanted[n][0] for n in mine], len(parts) * len(shares))):
                 first = (part + place * self.local.parts(split)) * len(shares)
                 jobs.append(_Job("score", [mine[index] for index in some], shares, first, (split, part)))
-        for job, results, number in self._joint([layout for layout, _ in wanted], jobs):
-            yield self.local.joined(*job.of, job.shares, results, number)
+        for job, found, number in self._joint([layout for layout, _ in wanted], jobs):
+            yield self.local.joined(split, job.of[1], job.shares, found, number)
 
     def screen(self, layouts: Sequence[Layout]) -> Iterator[Finished]:
         """See `Evaluator`."""
@@ -173,8 +173,8 @@ class ClusterEvaluator:
             _Job("screen", some, shares, place * len(shares))
             for place, some in enumerate(self._dealt(layouts, len(shares)))
         ]
-        for job, results, number in self._joint(layouts, jobs):
-            yield self.local.joined_screen(job.shares, results, number)
+        for job, found, number in self._joint(layouts, jobs):
+            yield self.local.joined_screen(job.shares, found, number)
 
     def _joint(self, layouts: Sequence[Layout], jobs: Sequence[_Job]) -> Iterator[tuple[_Job, list[Finished], int]]:
         """(job, results of a layout on its shares, the layout's number) as soon as all shares are there. Seconds are

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-
 class SharedTeacher:
     """Passes of the teacher for this process's layers. Every process asks for the same ones, one after another.
 

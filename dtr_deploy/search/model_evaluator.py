@@ -151,7 +151,7 @@ class ModelEvaluator:
     ) -> Finished:
         """The result of a layout on a part, of that on all its shares. number: which layout it is."""
         done = _summed(results, number)
-        done.arrays = _joined(shares, results, lambda task: self.tasks[task].part(split, part, self.parts(split)))
+        done.arrays = _joined(shares, results, lambda task: _part(self.tasks[task], split, part, self.parts(split)))
         return done
 
     def _pieces(self, split: Split, part: int) -> list[Piece]:
@@ -208,7 +208,7 @@ class ModelEvaluator:
     def joined_screen(self, shares: Sequence[Share], results: Sequence[Finished], number: int) -> Finished:
         """As `joined`, of a screening."""
         done = _summed(results, number)
-        done.scalars = self._screened(_joined(shares, results, lambda task: self.recall[task].part("search", 0, 1)))
+        done.scalars = self._screened(_joined(shares, results, lambda task: _part(self.recall[task], "search", 0, 1)))
         return done
 
     def screening(self, layout: Layout, scalars: Mapping[str, Any]) -> Screening:
@@ -295,12 +295,14 @@ class ModelEvaluator:
 
     def _screen(self, layouts: Sequence[Layout], share: Share) -> list[RawResult]:
         """Arrays of a share of a screening, which `_screened` reads once they are together."""
-        extra = self._refer() / len(layouts)
-        by_task = [
-            (task, self._text_runs(layouts, of) if task == TEXT else self._task_runs(SCREEN, task, "search", 0, of).run(layouts))
-            for task, of in share
-        ]
-        results = _merged(by_task)
+        extra = self._refer() / len(layouts) if any(task == TEXT for task, _ in share) else 0.0
+
+        def run(task: int, of: tuple[int, ...] | None) -> list[RawResult]:
+            if task == TEXT:
+                return self._text_runs(layouts, of)
+            return self._task_runs(SCREEN, task, "search", 0, of).run(layouts)
+
+        results = _merged([(task, run(task, of)) for task, of in share])
         for result in results:
             result.layer_forwards += extra
         return results
@@ -431,6 +433,12 @@ def _merged(by_task: Sequence[tuple[int, Sequence[RawResult]]]) -> list[RawResul
         scalars = {f"{n}.{name}": value for n, result in named for name, value in result.scalars.items()}
         merged.append(RawResult(arrays, sum(result.layer_forwards for result in results), scalars))
     return merged
+
+
+def _part(task: Task, split: Split, number: int, parts: int) -> Part:
+    """Of a task that can be dealt."""
+    assert isinstance(task, RequestTask)
+    return task.part(split, number, parts)
 
 
 def _summed(results: Sequence[Finished], number: int) -> Finished:

@@ -1,8 +1,8 @@
 """The batches of a part of a split, dealt among processes that score it together.
 
 Layouts of one call have most layers in common, so it is items that are dealt and not layouts: every process runs all
-layouts of a call on its own batches, and keeps hidden states of those between calls. Batches are not cut: what a process
-computes is what one process alone would.
+layouts of a call on its own batches, and keeps hidden states of those between calls. Batches are not cut: what a
+process computes is what one process alone would.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Share = tuple[tuple[int, tuple[int, ...] | None], ...]
 
 
 class Piece(NamedTuple):
-    """What is not cut. batch: None for a whole task. beginning: the columns that neighbouring batches share, run once by whoever has one
-    of them; what it costs is not part of `cost`."""
+    """What is not cut. batch: None for a whole task. beginning: the columns that neighbouring batches share, run once
+    by whoever has one of them; what it costs is not part of `cost`."""
 
     task: int
     batch: int | None
@@ -58,21 +58,38 @@ def _cost(tokens: int, width: int, hidden_size: int) -> float:
 
 
 def dealt(pieces: Sequence[Piece], loads: list[float]) -> list[Share]:
-    """A share for each load, of about equal cost together with what they have. loads: are added to."""
-    mine: list[list[Piece]] = [[] for _ in loads]
-    begun: list[set[tuple[int, bytes]]] = [set() for _ in loads]
-    for piece in sorted(pieces, key=lambda piece: -piece.cost):  # the largest first, to who would be done with it first
+    """A share for each load, of about equal cost together with what they have. loads: are added to.
 
-        def added(number: int, piece: Piece = piece) -> float:
-            new = piece.beginning is not None and piece.beginning not in begun[number]
-            return piece.cost + (piece.beginning_cost if new else 0.0)
+    The largest come first, each to who is done with it first. Pieces with a common beginning stay together, unless
+    they are more than a process's share of the part.
+    """
+    mine: list[list[Piece]] = [[] for _ in loads]
+    groups = _groups(pieces)
+    fair = sum(map(_together, groups)) / len(loads)
+    units = [some for group in groups for some in ([group] if _together(group) <= fair else [[one] for one in group])]
+    for unit in sorted(units, key=_together, reverse=True):
+
+        def added(number: int, unit: Sequence[Piece] = unit) -> float:
+            begun = unit[0].beginning is not None and any(unit[0].beginning == one.beginning for one in mine[number])
+            return sum(piece.cost for piece in unit) + (0.0 if begun else unit[0].beginning_cost)
 
         number = min(range(len(loads)), key=lambda number: (loads[number] + added(number), number))
         loads[number] += added(number)
-        mine[number].append(piece)
-        if piece.beginning is not None:
-            begun[number].add(piece.beginning)
+        mine[number] += unit
     return [_share(some) for some in mine]
+
+
+def _groups(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """Those with a common beginning together, each other one alone."""
+    groups: dict[object, list[Piece]] = {}
+    for number, piece in enumerate(pieces):
+        groups.setdefault(number if piece.beginning is None else piece.beginning, []).append(piece)
+    return list(groups.values())
+
+
+def _together(group: Sequence[Piece]) -> float:
+    """Cost of pieces with a common beginning, run by one process."""
+    return sum(piece.cost for piece in group) + group[0].beginning_cost
 
 
 def _share(pieces: Sequence[Piece]) -> Share:

@@ -123,9 +123,7 @@ def test_distill_splits_a_step(model_folder: Path, tmp_path: Path, backend: str)
         assert step["total"] == pytest.approx(sum(step[part] for part in (*PARTS, "other")))
 
 
-def test_distill_can_compile_its_twins(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_distill_can_compile_its_twins(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[Any] = []
     compile_it = torch.compile
 
