@@ -1,5 +1,6 @@
 """`python -m benchmarks.cluster`: what a cluster costs. Stages 1 and 2 of a recipe by N Ray workers of one core each,
-beside one process with N threads, on this machine.
+beside one process with N threads, on this machine. Bits depend on a process's threads, so that it is with one thread
+only (`--threads 1`) that results have to be the same.
 
 Both do the same work: every replaced layer is taken to save the same time, so that nothing is measured and both search
 on the same grounds. Starting workers, loading the model in each and sending twins around all count. The cluster is this
@@ -51,7 +52,11 @@ class Row:
 def cluster(
     recipe: Annotated[Path, typer.Option(help="Whose stages 1 and 2 are run.")] = QUICKSTART,
     tokens: Annotated[int, typer.Option(min=0, help="Training tokens; 0: the recipe's.")] = 0,
-    workers: Annotated[int, typer.Option(min=1, help="Nodes of one core, and threads of the one process.")] = 2,
+    workers: Annotated[int, typer.Option(min=1, help="Nodes of one core.")] = 2,
+    threads: Annotated[
+        int,
+        typer.Option(min=0, help="Of the one process; 0: as many as workers. With 1, results are equal to the bit."),
+    ] = 0,
     address: Annotated[
         str | None, typer.Option(help="HOST:PORT of a cluster of so many workers, in place of its own.")
     ] = None,
@@ -61,7 +66,7 @@ def cluster(
 ) -> None:
     """Stages 1 and 2 on a cluster of this machine's cores, beside one process."""
     with one_line_errors(NAME, debug):
-        threads = use_threads(workers)
+        threads = use_threads(threads or workers)
         from benchmarks.machine import describe
         from benchmarks.table import machine_lines
 

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 MARK = ".visible"
 """A file in the run's folder with a number that a worker has to find there: then both see one file system."""
+LOOK_SECONDS = 1.0
+"""How often progress is asked for."""
 Trained = tuple[dict[tuple[int, str], dict[str, "Tensor"]], dict[tuple[int, str], dict[str, Any]], int, float]
 """Of one group: weights and reports by (layer, form), tokens, seconds."""
 
@@ -123,7 +125,8 @@ def distill_on(
     mark = secrets.token_hex(16)
     (folder / MARK).write_text(mark)
     asked = Asked(source, window, settings, workers.cpus, (str(folder), mark))
-    tally: Any = ray.remote(num_cpus=0)(Tally).remote()  # type: ignore[attr-defined]
+    # It may lie on a node that is lost; then it begins anew elsewhere.
+    tally: Any = ray.remote(num_cpus=0, max_restarts=-1)(Tally).remote()  # type: ignore[attr-defined]
     # Their references lie in a list: Ray would put them in the place of arguments before a worker is there.
     text = [ray.put(sequences), ray.put(held_out)]
     left = twins.left(workers.count, twins_at_once, workers.team)
@@ -156,7 +159,11 @@ def distill_on(
         team.insist(attempt)
 
     def look() -> None:
-        if at := ray.get(tally.read.remote()):
+        try:
+            at = ray.get(tally.read.remote())
+        except ray.exceptions.RayActorError:
+            return
+        if at:
             steps = at[0][1]
             waiting = "" if len(at) == groups else f", {groups - len(at)} groups wait"
             progress(sum(done for done, _, _ in at), steps * groups, at[-1][2] + waiting)
@@ -166,7 +173,7 @@ def distill_on(
             running: set[Future[None]] = {threads.submit(train, some) for some in left}
             try:
                 while running:
-                    done, running = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
+                    done, running = wait(running, timeout=LOOK_SECONDS, return_when=FIRST_COMPLETED)
                     look()
                     for future in done:
                         future.result()

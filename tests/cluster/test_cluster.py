@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from benchmarks import cluster as benchmark
 from dtr_deploy import layout_search, pipeline
+from dtr_deploy.cluster import distill as cluster_distill
 from dtr_deploy.cluster.distill import distill_on
 from dtr_deploy.cluster.evaluator import ClusterEvaluator
 from dtr_deploy.cluster.measure import Served, compare_on
@@ -202,6 +203,7 @@ def test_workers_that_are_killed_change_nothing(
 
             return nullcontext(self)
 
+    monkeypatch.setattr(cluster_distill, "LOOK_SECONDS", 0.02)  # tiny models are trained in a second
     recipe = folder / f"{name}.yaml"
     recipe.write_text(RECIPE.format(folder=folder).replace("NAME", name).replace("CLUSTER", cluster))
     build(load_recipe(recipe), RunDir(folder / name), Killing(), "distill")
@@ -211,18 +213,28 @@ def test_workers_that_are_killed_change_nothing(
         assert RunDir(folder / name).stages["distill"].artefacts == alone.stages["distill"].artefacts
         return
 
-    run_calls = ClusterEvaluator._run
+    run_calls, run_units = ClusterEvaluator._run, ClusterEvaluator._units
     moments = iter([0, 1, 1, 0, 1])
 
+    def kill_replica(evaluator: ClusterEvaluator, asked: str) -> None:
+        """One that has calls to answer."""
+        pid = ray.get(evaluator.replicas[0].__ray_call__.remote(lambda replica: os.getpid()))
+        os.kill(pid, signal.SIGKILL)
+        killed.append(asked)
+
     def killing(evaluator: ClusterEvaluator, calls: Any) -> Iterator[tuple[int, Any]]:
-        """Kills a replica that has calls to answer."""
-        if calls[0][1] in ("score", "attribute") and next(moments, 0):
-            pid = ray.get(evaluator.replicas[0].__ray_call__.remote(lambda replica: os.getpid()))
-            os.kill(pid, signal.SIGKILL)
-            killed.append(calls[0][1])
+        if calls[0][1] == "score" and next(moments, 0):
+            kill_replica(evaluator, "score")
         yield from run_calls(evaluator, calls)
 
+    def killing_in_between(evaluator: ClusterEvaluator, *asked: Any) -> Iterator[tuple[int, Any]]:
+        for number, unit in enumerate(run_units(evaluator, *asked)):
+            if number == 0:
+                kill_replica(evaluator, "attribute")
+            yield unit
+
     monkeypatch.setattr(ClusterEvaluator, "_run", killing)
+    monkeypatch.setattr(ClusterEvaluator, "_units", killing_in_between)
     finished = run(folder, name, cluster)
     assert "score" in killed and "attribute" in killed
     assert_same(alone, finished)
@@ -245,6 +257,7 @@ def test_a_node_that_is_lost_for_good(folder: Path, alone: RunDir, monkeypatch: 
 
             return nullcontext(self)
 
+    monkeypatch.setattr(cluster_distill, "LOOK_SECONDS", 0.02)
     recipe = folder / "lost.yaml"
     recipe.write_text(RECIPE.format(folder=folder).replace("NAME", "lost").replace("CLUSTER", nodes.address))
     try:
