@@ -78,7 +78,7 @@ class Speeds:
 class Assumed:
     """gpu_tflops: of large products, dense. load_seconds: until a worker has the model. network_gbs: GB a second to a
     node. peer_gbs: GB a second that a GPU sends to others of its node. engine_seconds: of measuring one layout beside
-    the backbone. layouts: that are measured."""
+    the backbone. layouts: that are measured. batches: of a part of the scored items."""
 
     gpu_tflops: float
     load_seconds: float
@@ -86,6 +86,7 @@ class Assumed:
     peer_gbs: float
     engine_seconds: float
     layouts: int
+    batches: int
 
 
 @dataclass(frozen=True)
@@ -136,9 +137,10 @@ def calls_of(ledger: Path) -> list[tuple[str, Call]]:
     return calls
 
 
-def makespan(kind: str, call: Call, workers: int) -> float:
-    """Seconds of one call on so many workers: attribution evenly, everything else longest first."""
-    seconds = sorted((piece for _, piece in call), reverse=True)
+def makespan(kind: str, call: Call, workers: int, batches: int) -> float:
+    """Seconds of one call on so many workers: attribution evenly, everything else longest first, each piece in so many
+    batches that are dealt."""
+    seconds = sorted((piece / batches for _, piece in call for _ in range(batches)), reverse=True)
     if kind == "attribution":
         return sum(seconds) / workers
     busy = [0.0] * min(workers, len(seconds))
@@ -170,7 +172,7 @@ def simulate(
     for cost in costs:  # the next one goes to the team that is free first
         free[free.index(min(free))] += cost
     trained = taught + shape.layers * forms * twin
-    search = sum(makespan(kind, call, gpus) for kind, call in calls) * ratio
+    search = sum(makespan(kind, call, gpus, assumed.batches) for kind, call in calls) * ratio
     worked = trained + sum(seconds for _, call in calls for _, seconds in call) * ratio
     nodes = max(1, gpus // 8)
     twins = 4.0 * shape.layers * forms * shape.attention / (assumed.network_gbs * 1e9)
@@ -270,7 +272,7 @@ def page(
         f"{assumed.load_seconds:.0f} s until a worker has the model; {assumed.network_gbs:g} GB/s to each node, "
         f"{assumed.peer_gbs:g} from a GPU to the others of its node, nothing of it while they compute; "
         f"{assumed.engine_seconds:.0f} s to measure a layout beside the backbone, {assumed.layouts} layouts, one a "
-        "node of 8 GPUs at a time.",
+        f"node of 8 GPUs at a time; {assumed.batches} batches of equal size in a part of the scored items.",
         "",
         f"| {' | '.join(heads)} | all | GPUs at work |",
         "|" + "---|" * (len(heads) + 2),
@@ -299,6 +301,7 @@ def scale(
     peer_gbs: Annotated[float, typer.Option(min=0.01, help="From a GPU to the others of its node.")] = 300.0,
     engine_seconds: Annotated[float, typer.Option(min=0)] = 240.0,
     layouts: Annotated[int, typer.Option(min=0)] = 8,
+    batches: Annotated[int, typer.Option(min=1, help="Of a part of the scored items, each on a GPU of its own.")] = 8,
     threads: Annotated[int, typer.Option(min=0, help="Threads; 0: all cores. Those of the search.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Write the page here.")] = None,
     file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
@@ -320,7 +323,7 @@ def scale(
         if not calls:
             raise UsageError(f"--ledger {ledger}: holds no search")
         speeds, small = measure_speeds(model)
-        assumed = Assumed(gpu_tflops, load_seconds, network_gbs, peer_gbs, engine_seconds, layouts)
+        assumed = Assumed(gpu_tflops, load_seconds, network_gbs, peer_gbs, engine_seconds, layouts, batches)
         work = large.layers * large.layer_operations(length) / (small.layers * small.layer_operations(LENGTH))
         ratio = work * speeds.peak / (gpu_tflops * 1e12)
         rows = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,18 @@ from dtr_deploy.search.evaluator import ATTRIBUTION, SCORE, SCREEN, Finished
 from dtr_deploy.search.forward import LAYOUTS_AT_ONCE, LayerPool, PrefixForward
 from dtr_deploy.search.objective import Screening
 from dtr_deploy.search.problem import BatchProgress, Candidate
-from dtr_deploy.search.shares import Piece, Share, dealt, part_of, pieces_of, whole_piece
+from dtr_deploy.search.shares import (
+    TEXT,
+    Piece,
+    Share,
+    dealt,
+    joined_arrays,
+    of_task,
+    part_of,
+    pieces_of,
+    summed,
+    whole_piece,
+)
 from dtr_deploy.search.task_runs import (
     DraftRuns,
     LikelihoodRuns,
@@ -45,9 +56,6 @@ from dtr_deploy.tasks.scoring import RequestScores, ScoringBatch
 
 BORDER_BYTES = 2 << 30
 """Memory that a search may fill with hidden states between layers, over all its tasks."""
-
-TEXT = -1
-"""The divergence, where tasks have numbers."""
 
 FORMAT = 2
 """Of raw results in the ledger. Higher numbers are not read by, and do not read, what came before."""
@@ -150,8 +158,10 @@ class ModelEvaluator:
         self, split: Split, part: int, shares: Sequence[Share], results: Sequence[Finished], number: int
     ) -> Finished:
         """The result of a layout on a part, of that on all its shares. number: which layout it is."""
-        done = _summed(results, number)
-        done.arrays = _joined(shares, results, lambda task: _part(self.tasks[task], split, part, self.parts(split)))
+        done = summed(results, number)
+        done.arrays = joined_arrays(
+            shares, results, lambda task: _part(self.tasks[task], split, part, self.parts(split))
+        )
         return done
 
     def _pieces(self, split: Split, part: int) -> list[Piece]:
@@ -171,7 +181,7 @@ class ModelEvaluator:
         """See `Evaluator`."""
         scores = []
         for number, task in enumerate(self.tasks):
-            arrays = [_of_task(part, number) for part, _ in raw]
+            arrays = [of_task(part, number) for part, _ in raw]
             if isinstance(task, RequestTask) and _can_be_dealt(task):
                 parts = [task.part(split, part, self.parts(split)) for part in range(len(raw))]
                 scores.append(task.interpret_items(split, joined_scores(arrays), parts))
@@ -207,8 +217,10 @@ class ModelEvaluator:
 
     def joined_screen(self, shares: Sequence[Share], results: Sequence[Finished], number: int) -> Finished:
         """As `joined`, of a screening."""
-        done = _summed(results, number)
-        done.scalars = self._screened(_joined(shares, results, lambda task: _part(self.recall[task], "search", 0, 1)))
+        done = summed(results, number)
+        done.scalars = self._screened(
+            joined_arrays(shares, results, lambda task: _part(self.recall[task], "search", 0, 1))
+        )
         return done
 
     def screening(self, layout: Layout, scalars: Mapping[str, Any]) -> Screening:
@@ -325,12 +337,12 @@ class ModelEvaluator:
 
     def _screened(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Scalars of a screening, of `_screen`'s arrays of all shares."""
-        text = _of_task(arrays, TEXT)
+        text = of_task(arrays, TEXT)
         score = join(
             [DivergenceScore(text[f"kl.{n}"], text[f"nll.{n}"]) for n in range(len(self.divergence.batches()))]
         )
         recall = {
-            task.name: self._recall_margin(task, _of_task(arrays, number)) for number, task in enumerate(self.recall)
+            task.name: self._recall_margin(task, of_task(arrays, number)) for number, task in enumerate(self.recall)
         }
         return {"kl": score.mean_kl, "perplexity": score.perplexity, "recall": recall}
 
@@ -439,38 +451,6 @@ def _part(task: Task, split: Split, number: int, parts: int) -> Part:
     """Of a task that can be dealt."""
     assert isinstance(task, RequestTask)
     return task.part(split, number, parts)
-
-
-def _summed(results: Sequence[Finished], number: int) -> Finished:
-    """Work, time and scalars of a layout's shares."""
-    scalars: dict[str, Any] = {}
-    for result in results:
-        scalars |= result.scalars
-    work = sum(result.layer_forwards for result in results)
-    return Finished(number, {}, scalars, work, sum(result.seconds for result in results))
-
-
-def _joined(
-    shares: Sequence[Share], results: Sequence[Finished], part_of_task: Callable[[int], Part]
-) -> dict[str, np.ndarray]:
-    """The arrays of all shares, as if everything had been run at once."""
-    arrays: dict[str, np.ndarray] = {}
-    for share, result in zip(shares, results, strict=True):
-        for task, batches in share:
-            mine = {f"{task}.{name}": array for name, array in _of_task(result.arrays, task).items()}
-            if batches is None or task == TEXT:
-                arrays |= mine
-                continue
-            part = part_of_task(task)
-            at = part_of(part, batches)[1]
-            for name, array in mine.items():
-                arrays.setdefault(name, np.zeros(len(part.requests), array.dtype))[at] = array
-    return arrays
-
-
-def _of_task(arrays: Mapping[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
-    prefix = f"{number}."
-    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
 
 def models_hash(backbone_fingerprint: str, twins: Mapping[tuple[int, str], Mapping[str, Any]], window: int) -> str:

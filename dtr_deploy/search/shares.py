@@ -7,14 +7,18 @@ process computes is what one process alone would.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from dtr_deploy.search.evaluator import Finished
 from dtr_deploy.tasks.request_task import Part
 from dtr_deploy.tasks.scoring import ScoringBatch
+
+TEXT = -1
+"""Among numbers of tasks: the held-out text of a screening."""
 
 Share = tuple[tuple[int, tuple[int, ...] | None], ...]
 """Of tasks, by number: which batches of the part, or None for all of a task that is not run by batches."""
@@ -111,3 +115,36 @@ def part_of(part: Part, batches: Sequence[int]) -> tuple[Part, np.ndarray]:
         for batch in chosen
     ]
     return Part(part.items, part.requests[at], renumbered), at
+
+
+def summed(results: Sequence[Finished], number: int) -> Finished:
+    """Work, time and scalars of a layout's shares."""
+    scalars: dict[str, Any] = {}
+    for result in results:
+        scalars |= result.scalars
+    work = sum(result.layer_forwards for result in results)
+    return Finished(number, {}, scalars, work, sum(result.seconds for result in results))
+
+
+def joined_arrays(
+    shares: Sequence[Share], results: Sequence[Finished], part_of_task: Callable[[int], Part]
+) -> dict[str, np.ndarray]:
+    """The arrays of all shares, as if everything had been run at once."""
+    arrays: dict[str, np.ndarray] = {}
+    for share, result in zip(shares, results, strict=True):
+        for task, batches in share:
+            mine = {f"{task}.{name}": array for name, array in of_task(result.arrays, task).items()}
+            if batches is None or task == TEXT:
+                arrays |= mine
+                continue
+            part = part_of_task(task)
+            at = part_of(part, batches)[1]
+            for name, array in mine.items():
+                arrays.setdefault(name, np.zeros(len(part.requests), array.dtype))[at] = array
+    return arrays
+
+
+def of_task(arrays: Mapping[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
+    """The arrays of one task, under their own names."""
+    prefix = f"{number}."
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}

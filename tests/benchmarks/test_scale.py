@@ -15,7 +15,7 @@ from dtr_deploy.search.ledger import Ledger, TrialKey, TrialResult
 from tests.tiny import tiny_backbone, tiny_tokenizer
 
 SPEEDS = Speeds(peak=1e11, teacher=0.5, twin=0.25)
-ASSUMED = Assumed(1000.0, 60.0, 10.0, 300.0, 100.0, 4)
+ASSUMED = Assumed(1000.0, 60.0, 10.0, 300.0, 100.0, 4, 1)
 
 
 @pytest.fixture
@@ -49,8 +49,9 @@ def test_calls_are_those_of_the_search(ledger: Path) -> None:
         ("score", [2.0] * 2),
         ("score", [2.0] * 3),
     ]
-    assert [makespan(kind, call, 2) for kind, call in calls] == [2.0, 5.0, 2.0, 4.0]
-    assert [makespan(kind, call, 1) for kind, call in calls] == [4.0, 10.0, 4.0, 6.0]
+    assert [makespan(kind, call, 2, 1) for kind, call in calls] == [2.0, 5.0, 2.0, 4.0]
+    assert [makespan(kind, call, 2, 2) for kind, call in calls] == [2.0, 5.0, 2.0, 3.0]
+    assert [makespan(kind, call, 1, 3) for kind, call in calls] == pytest.approx([4.0, 10.0, 4.0, 6.0])
 
 
 def test_one_gpu_costs_its_operations_and_more_cost_less(ledger: Path) -> None:

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from dtr_deploy.hybrid.layout import full
-from dtr_deploy.search.model_evaluator import TEXT, ModelEvaluator
-from dtr_deploy.search.shares import dealt, part_of, pieces_of, whole_piece
+from dtr_deploy.search.model_evaluator import ModelEvaluator
+from dtr_deploy.search.shares import TEXT, dealt, part_of, pieces_of, whole_piece
 from dtr_deploy.tasks.divergence import Divergence
 from dtr_deploy.tasks.needle import Needle
 from dtr_deploy.tasks.requests import Request
