@@ -64,11 +64,11 @@ class Made:
 class Replica:
     """A `ModelEvaluator` in a worker."""
 
-    def __init__(self, reference: Sequence[Any]) -> None:
-        """reference: to a `Made` in Ray's object store."""
+    def __init__(self, reference: bytes) -> None:
+        """reference: to a `Made` in Ray's object store, pickled."""
         import ray
 
-        (made,) = ray.get(list(reference))
+        made: Made = ray.get(ray.cloudpickle.loads(reference))
         use_cores(made.cpus)
         # Arrays from the object store are shared and cannot be written.
         twins = {key: {n: torch.from_numpy(x.copy()) for n, x in twin.items()} for key, twin in made.twins.items()}
@@ -119,11 +119,11 @@ class ClusterEvaluator:
             precision,
             workers.cpus,
         )
-        # Ray forgets large arguments of its own accord; a replica that is made again needs this one. In a list, since
-        # Ray warns of references that are arguments themselves.
-        self._made = [ray.put(made)]
-        replica = workers.actor(Replica)
-        self.replicas = [replica.remote(self._made) for _ in range(workers.count)]
+        # A replica that is made again needs it again, so it is held here; Ray, which would hold an argument, tells the
+        # user with each replica that it may be lost.
+        self._made = ray.put(made)
+        reference, replica = ray.cloudpickle.dumps(self._made), workers.actor(Replica)
+        self.replicas = [replica.remote(reference) for _ in range(workers.count)]
         try:
             found = {text for _, text in self._run([(n, "arithmetic", ()) for n in range(workers.count)])}
         except BaseException:
