@@ -2,22 +2,24 @@
 
 A replica is a `ModelEvaluator` in a worker. Batches of a part of a split always go to the same replicas, which keep
 hidden states of them between layers. Where there are more replicas than batches, several layouts are dealt too,
-neighbours in the tree together. A replica that is lost is made again and repeats what it was doing; results are written
-down by the process that searches, so nothing else is lost.
+neighbours in the tree together. A replica that is lost is made again and repeats what it was doing; if there is no room
+for it any more, the others go on without it. Results are written down by the process that searches, so nothing else is
+lost.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from dtr_deploy.cluster.workers import Source, Workers, dispatched, load, results, use_cores
-from dtr_deploy.errors import UsageError
+from dtr_deploy.cluster.workers import RETRIES, Lost, Source, Workers, dispatched, load, results, use_cores
+from dtr_deploy.errors import DtrError, UsageError
 from dtr_deploy.hybrid.layout import Layout
 from dtr_deploy.hybrid.model import Twins
 from dtr_deploy.search.attribution import Swap
@@ -30,6 +32,10 @@ from dtr_deploy.search.shares import Share
 from dtr_deploy.tasks.base import Split, Task, TaskScore
 from dtr_deploy.tasks.divergence import Divergence
 
+PATIENCE_SECONDS = 30.0
+"""How long a node that is gone may take to come back, before a search goes on without it."""
+ANSWER_SECONDS = 600.0
+"""How long what a replica is doing, or its start, may take it before it answers."""
 Call = tuple[int, str, tuple[Any, ...]]
 """A replica's number, a method of `Replica`, its arguments."""
 
@@ -106,7 +112,7 @@ class ClusterEvaluator:
     def __init__(self, workers: Workers, source: Source, local: ModelEvaluator, twins: Twins, precision: str) -> None:
         import ray
 
-        self.workers, self.local = workers, local
+        self.workers, self.local, self.losses = workers, local, 0
         arrays = {key: {n: x.detach().cpu().numpy() for n, x in twin.items()} for key, twin in twins.items()}
         made = Made(
             source,
@@ -155,6 +161,9 @@ class ClusterEvaluator:
 
     def score(self, wanted: Sequence[tuple[Layout, int]], split: Split) -> Iterator[Finished]:
         """See `Evaluator`."""
+        yield from self._insist(len(wanted), lambda some: self._score([wanted[number] for number in some], split))
+
+    def _score(self, wanted: Sequence[tuple[Layout, int]], split: Split) -> Iterator[Finished]:
         parts, count = sorted({part for _, part in wanted}), len(self.replicas)
         jobs = []
         for part in parts:
@@ -168,6 +177,9 @@ class ClusterEvaluator:
 
     def screen(self, layouts: Sequence[Layout]) -> Iterator[Finished]:
         """See `Evaluator`."""
+        yield from self._insist(len(layouts), lambda some: self._screen([layouts[number] for number in some]))
+
+    def _screen(self, layouts: Sequence[Layout]) -> Iterator[Finished]:
         shares = self.local.screening_shares(len(self.replicas))
         jobs = [
             _Job("screen", some, shares, place * len(shares))
@@ -210,8 +222,16 @@ class ClusterEvaluator:
         """The largest first, each to the replica that is free first."""
         costs = self.local.attribution_costs(units)
         order = sorted(range(len(units)), key=lambda number: -costs[number])
-        method = [replica.attribute for replica in self.replicas]
-        yield from dispatched(method, [(number, (start, swaps, units[number])) for number in order])
+        while order:
+            methods = [replica.attribute for replica in self.replicas]
+            try:
+                for number, found in dispatched(
+                    methods, [(number, (start, swaps, units[number])) for number in order], self._watch()
+                ):
+                    order.remove(number)
+                    yield number, found
+            except Lost:
+                self._go_on_with_fewer()
 
     def _dealt(self, layouts: Sequence[Layout], taken: int) -> list[list[int]]:
         """Numbers of layouts, dealt among the replicas that there are for each of `taken` pieces of work, neighbours
@@ -223,7 +243,59 @@ class ClusterEvaluator:
 
     def _run(self, calls: Sequence[Call]) -> Iterator[tuple[int, Any]]:
         """(number of the call, its result) as they end."""
-        yield from results([getattr(self.replicas[n], method).remote(*arguments) for n, method, arguments in calls])
+        asked = [getattr(self.replicas[n], method).remote(*arguments) for n, method, arguments in calls]
+        yield from results(asked, self._watch())
+
+    # --- when a node does not come back
+
+    def _insist(self, count: int, run: Callable[[list[int]], Iterator[Finished]]) -> Iterator[Finished]:
+        """Results of so many things, asked for by their numbers, until all are there."""
+        left = list(range(count))
+        while left:
+            asked = list(left)
+            try:
+                for done in run(asked):
+                    left.remove(asked[done.number])
+                    yield replace(done, number=asked[done.number])
+            except Lost:
+                self._go_on_with_fewer()
+
+    def _watch(self) -> Callable[[], None]:
+        """To be called now and then: raises `Lost` when there is no room for all replicas, and has not been for some
+        time."""
+        missing_since: float | None = None
+
+        def look() -> None:
+            nonlocal missing_since
+            if self.workers.places() >= len(self.replicas):
+                missing_since = None
+            elif missing_since is None:
+                missing_since = time.monotonic()
+            elif time.monotonic() - missing_since > PATIENCE_SECONDS:
+                raise Lost
+
+        return look
+
+    def _go_on_with_fewer(self) -> None:
+        """Keep the replicas that answer, those among them that were made again. Raises `DtrError` if none does, or when
+        this happens too often."""
+        import ray
+
+        self.losses += 1
+        if self.losses > RETRIES * self.workers.count:
+            raise DtrError(f"cluster: workers were lost {self.losses} times")
+        calls = {replica.arithmetic.remote(): replica for replica in self.replicas}
+        answers: list[Any] = []
+        until = time.monotonic() + ANSWER_SECONDS
+        # How much room there is may be known late, and falls then.
+        while len(answers) < min(len(calls), max(1, self.workers.places())) and time.monotonic() < until:
+            answers, _ = ray.wait(list(calls), num_returns=len(calls), timeout=1.0)
+        for call, replica in calls.items():
+            if call not in answers:
+                ray.kill(replica)
+        self.replicas = [calls[call] for call in answers]
+        if not self.replicas:
+            raise DtrError("cluster: no worker is left; the same command goes on when there are some")
 
     # --- what does not
 

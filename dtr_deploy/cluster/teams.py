@@ -9,16 +9,12 @@ from contextlib import contextmanager
 from threading import Event
 from typing import Any
 
-from dtr_deploy.cluster.workers import RETRIES, Workers
+from dtr_deploy.cluster.workers import RETRIES, Lost, Workers
 from dtr_deploy.errors import DtrError
 
 GRACE_SECONDS = 10.0
 """Whose peer is lost fails too, and may be heard first: so long, the loss itself is waited for."""
 LOOK_SECONDS = 1.0
-
-
-class Lost(Exception):
-    """A worker is gone, or the room for it."""
 
 
 class Stopped(Exception):

@@ -26,6 +26,10 @@ RETRIES = 5
 """Times that a task is begun anew after its worker was lost. One that fails by itself is not repeated."""
 
 
+class Lost(Exception):
+    """A worker is gone, or the room for it."""
+
+
 @dataclass(frozen=True)
 class Workers:
     """count: processes at once. cpus, gpus: of each. team: how many of them share a pass of the teacher."""
@@ -192,7 +196,8 @@ def use_cores(cpus: int) -> None:
 def results(references: Sequence[Any], poll: Callable[[], None] | None = None, seconds: float = 1.0) -> Iterator[Any]:
     """(number, result) of remote calls as they end. poll: called every so many seconds meanwhile.
 
-    Raises what a call raised, as it was raised there, and `DtrError` when workers are lost too often.
+    Raises what a call raised, as it was raised there, `DtrError` when workers are lost too often, and `Lost` when an
+    actor does not answer.
     """
     import ray
 
@@ -209,9 +214,14 @@ def results(references: Sequence[Any], poll: Callable[[], None] | None = None, s
             ray.cancel(reference, force=False)
 
 
-def dispatched(methods: Sequence[Any], calls: Sequence[tuple[int, tuple[Any, ...]]]) -> Iterator[Any]:
+def dispatched(
+    methods: Sequence[Any],
+    calls: Sequence[tuple[int, tuple[Any, ...]]],
+    poll: Callable[[], None] | None = None,
+    seconds: float = 1.0,
+) -> Iterator[Any]:
     """(number, result) of calls, given by number and arguments, as they end. methods: of one actor each, which takes
-    the next call when it is free. Raises as `results` does."""
+    the next call when it is free. poll, and what is raised: as in `results`."""
     import ray
 
     waiting, free, running = list(reversed(calls)), list(methods), dict[Any, tuple[int, Any]]()
@@ -221,10 +231,13 @@ def dispatched(methods: Sequence[Any], calls: Sequence[tuple[int, tuple[Any, ...
                 number, arguments = waiting.pop()
                 method = free.pop(0)
                 running[method.remote(*arguments)] = number, method
-            (done,), _ = ray.wait(list(running), num_returns=1)
-            number, method = running.pop(done)
-            free.append(method)
-            yield number, _get(done)
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=seconds)
+            if poll is not None:
+                poll()
+            for done in ready:
+                number, method = running.pop(done)
+                free.append(method)
+                yield number, _get(done)
     finally:
         for reference in running:
             ray.cancel(reference, force=False)
@@ -237,6 +250,8 @@ def _get(reference: Any) -> Any:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None if isinstance(error.cause, DtrError) else error
+    except ray.exceptions.ActorUnavailableError as error:  # its node may be gone
+        raise Lost(str(error).strip().splitlines()[0]) from error
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
         reason = str(error).strip().splitlines()[0]
         raise DtrError(f"cluster: a task lost its worker {RETRIES + 1} times ({reason})") from error

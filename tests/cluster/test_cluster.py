@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 from benchmarks import cluster as benchmark
 from dtr_deploy import layout_search, pipeline
 from dtr_deploy.cluster import distill as cluster_distill
+from dtr_deploy.cluster import evaluator as cluster_evaluator
 from dtr_deploy.cluster.distill import distill_on
 from dtr_deploy.cluster.evaluator import ClusterEvaluator
 from dtr_deploy.cluster.measure import Served, compare_on
@@ -42,6 +43,8 @@ from dtr_deploy.recipe_sections import Cluster as Settings
 from dtr_deploy.run_dir import RunDir
 from dtr_deploy.search.evaluator import ATTRIBUTION, SCORE, SCREEN
 from dtr_deploy.search.ledger import Ledger
+from dtr_deploy.search.model_evaluator import ModelEvaluator
+from dtr_deploy.tasks.divergence import Divergence
 from tests.product.killable_build import timed_opener
 from tests.tiny import tiny_backbone, tiny_tokenizer
 
@@ -267,6 +270,48 @@ def test_a_node_that_is_lost_for_good(folder: Path, alone: RunDir, monkeypatch: 
         nodes.shutdown()
     assert not second
     assert RunDir(folder / "lost").stages["distill"].artefacts == alone.stages["distill"].artefacts
+
+
+def test_a_search_goes_on_without_a_node_that_is_lost(
+    folder: Path, alone: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    monkeypatch.setattr(cluster_evaluator, "PATIENCE_SECONDS", 1.0)
+    job = pipeline.Build(load_recipe(folder / "alone.yaml"), RunDir(folder / "alone"), QuietProgress())
+    twins = job._load_twins(alone.path / "distilled")
+    divergence = Divergence(job.corpus.held_out[:2])
+    local = ModelEvaluator(job.backbone.model, twins, 8, job.tasks, divergence, [], "hash")
+    layouts = [(None,) * 5, (None, "gla", None, None, None), (None, "gla", "gated_deltanet", None, None)]
+    expected = {part: list(local.score_part(layouts, "search", part)) for part in (0, 1)}
+    options = {"num_cpus": 1, "object_store_memory": 100 << 20}
+    nodes = Cluster(initialize_head=True, head_node_args=options)
+    try:
+        second = nodes.add_node(**options)
+        with connected(Settings(address=nodes.address), lambda text: None) as workers:
+            assert workers is not None
+            source = Source.of(job.backbone)
+            with ClusterEvaluator(workers, source, local, twins, "float32") as who:
+
+                def check(part: int) -> None:
+                    found = {done.number: done for done in who.score([(one, part) for one in layouts], "search")}
+                    assert found.keys() == {0, 1, 2}
+                    for done in expected[part]:
+                        for name, array in done.arrays.items():
+                            np.testing.assert_allclose(found[done.number].arrays[name], array, atol=1e-5)
+
+                check(0)
+                assert len(who.replicas) == 2
+                nodes.remove_node(second, allow_graceful=False)
+                until = time.monotonic() + 90
+                while len(who.replicas) == 2 and time.monotonic() < until:  # its processes live on for a moment
+                    check(1)
+                assert len(who.replicas) == 1
+                start = layouts[0]
+                estimates = list(who.attribute(start, layouts[:2], priced=True))
+                assert len(estimates) == 2 and len(list(who.screen(layouts))) == 3
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
 
 
 def test_what_groups_finished_is_not_trained_again(address: str, folder: Path, alone: RunDir) -> None:
