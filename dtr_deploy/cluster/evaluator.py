@@ -131,7 +131,7 @@ class ClusterEvaluator:
         reference, replica = ray.cloudpickle.dumps(self._made), workers.actor(Replica)
         self.replicas = [replica.remote(reference) for _ in range(workers.count)]
         try:
-            found = {text for _, text in self._run([(n, "arithmetic", ()) for n in range(workers.count)])}
+            found = self._arithmetics()
         except BaseException:
             self.close()
             raise
@@ -142,6 +142,14 @@ class ClusterEvaluator:
                 "or take nodes of one kind"
             )
         local.arithmetic = found.pop()
+
+    def _arithmetics(self) -> set[str]:
+        """Of all replicas, once they are made."""
+        while True:
+            try:
+                return {text for _, text in self._run([(n, "arithmetic", ()) for n in range(len(self.replicas))])}
+            except Lost:
+                self._go_on_with_fewer()
 
     def close(self) -> None:
         """Give the workers back."""

@@ -263,7 +263,8 @@ class ModelEvaluator:
 
     def attribution_costs(self, units: Sequence[Unit]) -> list[float]:
         """About what each takes, next to the others."""
-        return [self._attribution_runs().cost(unit) for unit in units]
+        runs = self._attribution_runs()
+        return [runs.cost(unit) for unit in units]
 
     def _attribution_runs(self) -> AttributionRuns:
         return AttributionRuns(

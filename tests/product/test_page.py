@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -17,9 +16,8 @@ from dtr_deploy.report import figures
 from dtr_deploy.report.page import PAGE, page
 from dtr_deploy.report.schema import REPORT, Report
 from dtr_deploy.report.tables import layers_table
+from tests.product.chromium import BROWSER
 from tests.product.reports import full_report, small_report
-
-BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
 
 
 class Parsed(HTMLParser):
